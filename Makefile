@@ -1,0 +1,58 @@
+# make demo    sets up and finds leaked training data in real data sets
+# make test    sets up and runs the tests
+# make prove   the long proofs: every instruction set, packaging from scratch, interrupted runs
+# make bench   the measurements behind README, into bench/results/
+# make lint    style of Python and C++
+#
+# TORCH=torch==2.11.0 chooses another torch; one that is installed already is reused. PYTHON=python3.12 another Python.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test prove bench lint format clean
+
+# With a torch in the Python at hand the environment looks through to it instead of downloading another.
+$(BIN)/python:
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
+
+$(VENV)/.torch: | $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[demo,frame,hf,test,dev]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/finf-fast demo --out $(OUT)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+prove: $(VENV)/.installed
+	for isa in $$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())"); do \
+	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
+	$(BIN)/python -m pytest -m prove
+
+OP_TESTS := tests/test_cross_entropy_delta.py tests/test_segment_sum.py tests/test_topk_merge.py tests/test_tolerance.py
+
+bench: $(VENV)/.installed
+	for script in bench/bench_*.py; do $(BIN)/python $$script --save || exit 1; done
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info finf_fast/*.so
