@@ -1,0 +1,124 @@
+"""What every loss answers, and how a batch is split into what the model reads and what it is judged by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finf_fast.records import BadSample
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of one batch.
+
+    Attributes:
+        base: (B,) loss of each sample under the model as it is; NaN where a sample has no target.
+        delta: (Q, B) change of that loss.
+        empty: (B,) bool, samples without any target; None where that can't be.
+        token_base: (B, L) loss of each token, NaN where a token has no target; only when asked for.
+        token_delta: (Q, B, L) its change; only when asked for.
+    """
+
+    base: Tensor
+    delta: Tensor
+    empty: Tensor | None = None
+    token_base: Tensor | None = None
+    token_delta: Tensor | None = None
+
+
+class Loss(ABC):
+    """One loss: how the model is called, and how (value, change) of its output become (base, delta)."""
+
+    name: str
+    per_token = False
+
+    @abstractmethod
+    def output(self, model: Any, batch: Any) -> Tensor:
+        """The model's output for a batch: what the loss is a function of, leading dimension B."""
+
+    @abstractmethod
+    def finish(self, value: Tensor, change: Tensor, batch: Any) -> Result:
+        """Loss and change of loss from the output's ``value`` (B, ...) and its ``change`` (Q, B, ...)."""
+
+    @abstractmethod
+    def per_sample(self, model: Any, batch: Any) -> Tensor:
+        """(B,) losses in plain torch, differentiable: what a mirror step ascends or descends."""
+
+    def check(self, batch: Any, outputs: int | None, vocabulary: int | None) -> None:  # noqa: B027 (a loss may accept anything)
+        """Raises :class:`BadSample` for a value that cannot be scored.
+
+        Args:
+            outputs: width V of the model's output, the number of classes.
+            vocabulary: number of token ids the model's embedding knows, where there is one.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the numbers, for the manifest."""
+        return {"loss": self.name, **{k: v for k, v in vars(self).items() if not k.startswith("_")}}
+
+
+def batch_size(batch: Any) -> int:
+    """Leading dimension B of a batch: a tensor, a tuple or a dict of tensors."""
+    first = batch
+    while not isinstance(first, Tensor):
+        if isinstance(first, Mapping):
+            first = next(iter(first.values()))
+        elif isinstance(first, (tuple, list)) and len(first):
+            first = first[0]
+        else:
+            raise TypeError(f"batch: wanted a tensor, a tuple or a dict of tensors, got {type(first).__name__}")
+    return first.shape[0]
+
+
+def split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """What the model reads, as positional and keyword arguments, and the target: the last of a tuple, ``labels`` of a dict."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None
+    if isinstance(batch, Mapping):
+        key = next((k for k in LABEL_KEYS if k in batch), None)
+        return (), {k: v for k, v in batch.items() if k != key}, None if key is None else batch[key]
+    if isinstance(batch, (tuple, list)):
+        return (tuple(batch[:-1]), {}, batch[-1]) if len(batch) > 1 else (tuple(batch), {}, None)
+    raise TypeError(f"batch: wanted a tensor, a tuple or a dict of tensors, got {type(batch).__name__}")
+
+
+def prediction(out: Any) -> Tensor:
+    """The logits or prediction in what a model returned: a tensor, ``.logits``, ``["logits"]`` or the first of a tuple."""
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(getattr(out, "logits", None), Tensor):
+        return out.logits
+    if isinstance(out, Mapping) and isinstance(out.get("logits"), Tensor):
+        return out["logits"]
+    if isinstance(out, (tuple, list)) and len(out) and isinstance(out[0], Tensor):
+        return out[0]
+    raise TypeError(
+        f"model: wanted it to return a tensor, something with .logits, or a tuple that starts with a tensor, got {type(out).__name__}"
+    )
+
+
+def check_range(what: str, values: Tensor, limit: int, allowed: int | None = None) -> None:
+    """Raises :class:`BadSample` at the first sample holding a value outside ``[0, limit)`` that is not ``allowed``."""
+    if values.numel() == 0:
+        return
+    low, high = torch.aminmax(values)
+    if low >= 0 and high < limit:
+        return
+    bad = (values < 0) | (values >= limit)
+    if allowed is not None:
+        bad &= values != allowed
+    rows = bad.reshape(bad.shape[0], -1)
+    if not rows.any():
+        return
+    row = int(rows.any(1).nonzero()[0, 0])
+    found = int(values.reshape(bad.shape[0], -1)[row][rows[row]][0])
+    also = "" if allowed is None else f" (or {allowed}, ignored)"
+    raise BadSample(f"{what} wanted in [0, {limit}){also}, got {found}", row)

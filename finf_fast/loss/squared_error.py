@@ -1,0 +1,50 @@
+"""Squared error of a prediction, per sample: regression, and the noise prediction of diffusion models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from finf_fast.loss.base import Loss, Result, prediction, split
+
+
+class SquaredError(Loss):
+    """``mean((p - y)^2)`` (or the sum) over everything but the sample dimension.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"`` over a sample's elements.
+    """
+
+    name = "squared_error"
+
+    def __init__(self, reduction: str = "mean"):
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: wanted 'mean' or 'sum', got {reduction!r}")
+        self.reduction = reduction
+
+    def output(self, model: Any, batch: Any) -> Tensor:
+        args, kwargs, _ = split(batch)
+        return prediction(model(*args, **kwargs))
+
+    def finish(self, value: Tensor, change: Tensor, batch: Any) -> Result:
+        y = self._target(value, batch)
+        base = self._reduce((value - y).square(), 1)
+        delta = self._reduce(change * (2 * (value - y) + change), 2)  # (p1-p0)(p1+p0-2y): no difference of squares
+        return Result(base, delta)
+
+    def per_sample(self, model: Any, batch: Any) -> Tensor:
+        p = self.output(model, batch)
+        return self._reduce((p - self._target(p, batch)).square(), 1)
+
+    def _target(self, p: Tensor, batch: Any) -> Tensor:
+        y = split(batch)[2]
+        if y is None:
+            raise ValueError("corpus: squared_error wants a target, (x, y) or a dict with 'labels', got none")
+        if y.numel() != p.numel() or y.shape[0] != p.shape[0]:
+            raise ValueError(f"target: wanted the prediction's shape {tuple(p.shape)}, got {tuple(y.shape)}")
+        return y.to(p.dtype).reshape(p.shape)
+
+    def _reduce(self, values: Tensor, first: int) -> Tensor:
+        flat = values.flatten(first) if values.dim() > first else values.unsqueeze(-1)
+        return flat.mean(-1) if self.reduction == "mean" else flat.sum(-1)

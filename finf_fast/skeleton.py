@@ -1,0 +1,94 @@
+"""A second body for the same weights: the module tree copied, its tensors shared, so that the user's model is never touched.
+
+``torch.func.functional_call`` swaps tensors inside the user's own modules for the time of a call; a Ctrl-C in the wrong place
+or a second thread would see them swapped. Copying the Python structure once costs milliseconds and no tensor memory, and gives
+a body that may be put in eval mode, folded and swapped at will.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the model and every place of the module tree that holds it (several where weights are tied)."""
+
+    name: str
+    places: tuple[tuple[dict, str], ...]
+    buffer: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        table, key = self.places[0]
+        return table[key]
+
+    def put(self, tensor: Tensor) -> None:
+        for table, key in self.places:
+            table[key] = tensor
+
+
+class Skeleton:
+    """The model's structure over tensors of ``device`` and ``dtype``; parameters already there are shared.
+
+    Args:
+        model: the user's model, not modified.
+        device: where the copy computes.
+        dtype: of floating-point tensors; None leaves them.
+        train: train mode instead of eval mode; buffers are then copies, since batch norm moves them in place.
+
+    Raises:
+        TypeError: the model's Python structure cannot be copied; the message carries the reason.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None, train: bool = False):
+        self.module = _copy(model, device, dtype).train(train)
+        if train:
+            for module in self.module.modules():
+                module._buffers.update({k: b.clone() for k, b in module._buffers.items() if b is not None})
+        config = getattr(self.module, "config", None)
+        if getattr(config, "use_cache", None):  # Hugging Face would keep every layer's keys and values for a next token
+            config.use_cache = False
+        self.slots = _slots(model, self.module)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Places tensors by name, at every module that shares them."""
+        for name, tensor in tensors.items():
+            self.slots[name].put(tensor)
+
+    def base(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors now in place under these names."""
+        return {name: self.slots[name].tensor for name in names}
+
+
+def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
+        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.grad is not None:  # a left-over gradient is not needed, and as large as the weight
+                memo[id(parameter.grad)] = None
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(f"model: wanted modules whose structure can be copied (copy.deepcopy), got {error}") from error
+
+
+def _slots(model: nn.Module, body: nn.Module) -> dict[str, Slot]:
+    """Name -> slot; names are those of ``model.named_parameters()`` and ``named_buffers()``, a tied tensor under its first."""
+    first: dict[int, str] = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
+    places: dict[str, list[tuple[dict, str]]] = {}
+    buffers = {name for name, _ in model.named_buffers()}
+    for theirs, mine in zip(model.modules(), body.modules(), strict=True):
+        for source, table in ((theirs._parameters, mine._parameters), (theirs._buffers, mine._buffers)):
+            for key, tensor in source.items():
+                if tensor is not None:
+                    places.setdefault(first[id(tensor)], []).append((table, key))
+    return {name: Slot(name, tuple(found), name in buffers) for name, found in places.items()}
