@@ -1,0 +1,121 @@
+"""The pair engine: one body, 1 + Q sets of weights put into it in turn, each batch read once.
+
+Per batch: a forward with the weights as they are, a forward with each query's weights, the outputs subtracted, and from
+(value, change) the loss and its change. Everything the user gave stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finf_fast.loss import Loss, Result
+from finf_fast.pair import fold, linear
+from finf_fast.skeleton import Skeleton
+from finf_fast.pair.weights import WeightSets
+from finf_fast.update import Update
+
+CHANGE_BYTES = (
+    64 << 20
+)  # outputs' changes held at once: enough to give the loss kernel many queries of a small head together
+
+
+class PairEngine:
+    """Scores batches by plain forwards of the model as it is and as each query's update makes it.
+
+    Args:
+        model: the user's model, never modified; scored in eval mode.
+        updates: Q updates.
+        loss: what is measured.
+        device, dtype: where and in what the forwards run; float32 or float64.
+        keep: bytes that may be spent on keeping the updated weights; beyond it they are formed anew for every batch.
+        fold_batch_norm: fold batch norm where exact.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    name = "pair"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        updates: Sequence[Update],
+        loss: Loss,
+        device: torch.device,
+        dtype: torch.dtype,
+        keep: int = 1 << 30,
+        fold_batch_norm: bool = True,
+    ):
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype: wanted torch.float32 or torch.float64, got {dtype}")
+        self.loss, self.device, self.dtype = loss, device, dtype
+        self._body = Skeleton(model, device, dtype)
+        self._images = any(isinstance(m, nn.Conv2d) for m in model.modules())
+        self._folds = fold.find(self._body) if fold_batch_norm else []
+        self._weights = WeightSets(self._body, updates, self._folds, keep)
+        self._onednn = device.type == "cpu" and dtype is torch.float32 and linear.available()
+
+    def record(self) -> dict[str, Any]:
+        """What was done, for the manifest."""
+        return {
+            "engine": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "folded_batch_norms": len(self._folds),
+            "onednn_linear": self._onednn,
+        }
+
+    def output(self, batch: Any) -> Tensor:
+        """Output of the model as it is, (B, ...): what planning measures."""
+        with torch.inference_mode(), self._products():
+            return self._forward(self._weights.base, self._cast(batch))
+
+    def score(self, batch: Any) -> Result:
+        """Base and delta of every sample of a batch that lies on the engine's device."""
+        with torch.inference_mode(), self._products():
+            batch = self._cast(batch)
+            value = self._forward(self._weights.base, batch)
+            parts = [self.loss.finish(value, change, batch) for change in self._changes(value, batch)]
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def _changes(self, value: Tensor, batch: Any) -> Iterator[Tensor]:
+        """Changes of the output, (Qc, B, ...), a few queries at a time."""
+        count = len(self._weights)
+        chunk = max(1, min(count, CHANGE_BYTES // max(1, value.nbytes)))
+        for first in range(0, count, chunk):
+            change = value.new_empty((min(chunk, count - first), *value.shape))
+            for row in range(len(change)):
+                after = self._forward(self._weights[first + row], batch)
+                torch.sub(after, value, out=change[row])
+            yield change
+
+    def _forward(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
+        self._body.put(weights)
+        return self.loss.output(self._body.module, batch)
+
+    def _products(self) -> contextlib.AbstractContextManager:
+        return linear.OneDnnLinear() if self._onednn else contextlib.nullcontext()
+
+    def _cast(self, batch: Any) -> Any:
+        """Floating inputs in the engine's dtype, images channels-last where there are convolutions."""
+        if isinstance(batch, Mapping):
+            return {k: self._cast(v) for k, v in batch.items()}
+        if isinstance(batch, (tuple, list)):
+            return tuple(self._cast(v) for v in batch)
+        if isinstance(batch, Tensor) and batch.is_floating_point():
+            image = self._images and batch.dim() == 4
+            return batch.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
+        return batch
+
+
+def _join(parts: list[Result]) -> Result:
+    """Results of several chunks of queries as one; the base is the same in each."""
+    first = parts[0]
+    tokens = None if first.token_delta is None else torch.cat([part.token_delta for part in parts])
+    delta = torch.cat([part.delta for part in parts])
+    return Result(first.base, delta, first.empty, first.token_base, tokens)
