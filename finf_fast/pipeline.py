@@ -1,0 +1,281 @@
+"""THE LINE: disk → staging → device → model → loss → scores, each sample read once for all queries."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finf_fast import identity, loss as losses
+from finf_fast.corpus import Corpus, open_corpus
+from finf_fast.loss import Loss, Result
+from finf_fast.mirrors import mirrors_of
+from finf_fast.pair import PairEngine
+from finf_fast.planning import free_bytes, make_plan, out_of_memory, probe
+from finf_fast.progress import Progress
+from finf_fast.records import BadSample, Block, NonFiniteLoss
+from finf_fast.scores import Scores, Store, open_store
+from finf_fast.staging import stage
+from finf_fast.transfer import rows, to_device
+from finf_fast.update import Update
+
+ENGINES = ("auto", "pair")
+
+
+def sweep(
+    model: nn.Module,
+    updates: Sequence[Update],
+    corpus: Any,
+    *,
+    loss: str | Loss | Callable[[Any, Any], Tensor] = "cross_entropy",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    out: str | os.PathLike[str] | None = None,
+    engine: str = "auto",
+    batch_size: int | None = None,
+    shard: tuple[int, int] | None = None,
+    per_token: bool = False,
+    nonfinite: str = "raise",
+    progress: bool | Callable[[int, int], None] | None = None,
+    resume: bool = True,
+) -> Scores:
+    """Loss of every training sample, and its change under each update, in one pass over the corpus.
+
+    ``base[i] = L(z_i; θ)`` and ``delta[q, i] = L(z_i; θ'_q) − L(z_i; θ)``: mirrored influence, Ko et al., "The Mirrored
+    Influence Hypothesis", CVPR 2024, arXiv 2402.08922. Samples are scored in eval mode; the model is not modified.
+
+    Args:
+        model: any ``torch.nn.Module``.
+        updates: Q updates, from :func:`finf_fast.mirror` or :meth:`Update.between`.
+        corpus: what :func:`finf_fast.open_corpus` gives or takes: S samples.
+        loss: a name, a :class:`finf_fast.loss.Loss`, or ``(model, batch) -> (B,) losses``.
+        device: where to compute; the model's own by default.
+        dtype: torch.float32 or torch.float64; by default the model's, half precision being raised to float32.
+        out: result folder; an interrupted run of the same sweep is resumed from it. None keeps scores in memory.
+        engine: ``"pair"`` or ``"auto"``.
+        batch_size: samples per forward; chosen by memory if not given, and halved when memory runs out.
+        shard: ``(i, n)`` scores the i-th of n contiguous slices; :meth:`Scores.merge` joins them.
+        per_token: keep each token's loss and change too (``scores.token_base``, ``scores.token_delta``).
+        nonfinite: ``"raise"`` at a NaN or infinite loss, naming the sample, or ``"keep"`` it in the scores.
+        progress: True, False, a callable ``(done, total)``, or None: a bar at a terminal when it lasts over two seconds.
+        resume: False refuses a folder that already holds scores.
+
+    Returns:
+        :class:`Scores` with ``base`` (S,) and ``delta`` (Q, S) in the sweep's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; a sample's label or token id is out of range (BadSample);
+            a loss is not finite (NonFiniteLoss); the folder holds another run (ManifestMismatch).
+    """
+    updates = _checked(model, updates, engine, nonfinite)
+    corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
+    loss = _per_token(losses.resolve(loss), per_token)
+    start, stop = _slice(len(corpus), shard)
+    device, dtype = _place(model, device, dtype)
+    runner = PairEngine(model, updates, loss, device, dtype, keep=free_bytes(device) // 4)
+    found = probe(runner.output, to_device(corpus.read(start, start + 1), device))
+    store = open_store(
+        out,
+        identity.of(model, updates, corpus, loss, runner.record()),
+        make_plan(found, start, stop, device, batch_size),
+        queries=len(updates),
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=found.tokens if per_token else None,
+        directions=[update.direction for update in updates],
+        names=identity.names_of(updates),
+        corpus_samples=len(corpus),
+        resume=resume,
+    )
+    sweeper = _Sweeper(runner, corpus, store, found.outputs, identity.vocabulary(model), nonfinite)
+    with store, identity.threads(store.plan.threads), Progress(store.plan.samples, "sweep", progress) as bar:
+        bar.advance(store.scored)
+        with closing(stage(corpus, store.plan, store.missing())) as blocks:
+            for block in blocks:
+                sweeper.write(block)
+                bar.advance(len(block))
+        return store.finish(sweeper.record())
+
+
+def forward_inf(
+    model: nn.Module,
+    corpus: Any,
+    queries: Any,
+    *,
+    groups: Sequence[Sequence[int]] | Mapping[str, Sequence[int]] | None = None,
+    loss: str | Loss | Callable[[Any, Any], Tensor] = "cross_entropy",
+    method: str = "sgd",
+    lr: float | None = None,
+    direction: str | None = None,
+    steps: int = 1,
+    params: Any = None,
+    mode: str | None = None,
+    seed: int | None = None,
+    **settings: Any,
+) -> Scores:
+    """Mirror steps on every query and the sweep over the corpus, in one call.
+
+    Args:
+        model, corpus, loss: as in :func:`sweep`.
+        queries: a batch; each row is one query, unless ``groups`` says which rows belong together.
+        groups: lists of rows, or name -> rows; a group's loss is the mean of its rows'.
+        method, lr, direction, steps, params, mode, seed: as in :func:`finf_fast.mirror`.
+        settings: the remaining keyword arguments of :func:`sweep`.
+
+    Returns:
+        :class:`Scores`, one row of ``delta`` a query.
+    """
+    how = {"lr": lr, "direction": direction, "steps": steps, "params": params, "mode": mode, "seed": seed}
+    given = {key: value for key, value in how.items() if value is not None}
+    updates = mirrors_of(model, queries, groups=groups, loss=loss, method=method, **given)
+    return sweep(model, updates, corpus, loss=loss, **settings)
+
+
+class _Sweeper:
+    """Takes a block through device, model and loss into the store."""
+
+    def __init__(
+        self, runner: PairEngine, corpus: Corpus, store: Store, outputs: int, vocabulary: int | None, nonfinite: str
+    ):
+        self._runner, self._corpus, self._store = runner, corpus, store
+        self._limits, self._nonfinite = (outputs, vocabulary), nonfinite
+        self._since, self._samples, self._empty = time.monotonic(), 0, 0
+
+    def write(self, block: Block) -> None:
+        """Checks, scores and stores one block; nothing of a bad one is written."""
+        try:
+            self._runner.loss.check(block.batch, *self._limits)
+        except BadSample as error:
+            sample = block.start + error.row
+            raise BadSample(f"sample {sample} ({self._corpus.locate(sample)}): {error}", error.row) from None
+        result = self._score(block)
+        if self._nonfinite == "raise":
+            self._require_finite(result, block)
+        if result.empty is not None:
+            self._empty += int(result.empty.sum())
+        self._samples += len(block)
+        self._store.write(block.number, *_on_disk(result, self._runner.dtype))
+
+    def record(self) -> dict[str, Any]:
+        """How the run went, for the manifest."""
+        seconds = time.monotonic() - self._since
+        return {
+            **self._runner.record(),
+            "corpus": self._corpus.describe(),
+            "seconds": round(seconds, 3),
+            "samples_scored": self._samples,
+            "samples_without_target": self._empty,
+        }
+
+    def _score(self, block: Block) -> Result:
+        """The block's result, in smaller forwards from here on if memory runs out."""
+        while True:
+            size = self._store.plan.forward_size(block.number)
+            try:
+                parts = [
+                    self._runner.score(to_device(rows(block.batch, first, first + size), self._runner.device))
+                    for first in range(0, len(block), size)
+                ]
+                return parts[0] if len(parts) == 1 else _joined(parts)
+            except Exception as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+                halved = max(1, min(size, len(block)) // 2)
+            self._store.halve(block.number, halved)
+
+    def _require_finite(self, result: Result, block: Block) -> None:
+        bad = ~torch.isfinite(result.base) | ~torch.isfinite(result.delta).all(0)
+        if result.empty is not None:
+            bad &= ~result.empty
+        if not bool(bad.any()):
+            return
+        row = int(bad.nonzero()[0, 0])
+        sample, base = block.start + row, float(result.base[row])
+        query = (
+            int((~torch.isfinite(result.delta[:, row])).nonzero()[0, 0])
+            if base == base and abs(base) != float("inf")
+            else None
+        )
+        found = (
+            f"loss before the step is {base}"
+            if query is None
+            else f"loss after the step of query {query} is not finite"
+        )
+        raise NonFiniteLoss(
+            f"sample {sample} ({self._corpus.locate(sample)}): {found}; nonfinite='keep' would keep it in the scores"
+        )
+
+
+def _checked(model: nn.Module, updates: Sequence[Update], engine: str, nonfinite: str) -> list[Update]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError("model: wanted at least one parameter, got a model without any")
+    updates = [updates] if isinstance(updates, Update) else list(updates)
+    if not updates:
+        raise ValueError("updates: wanted at least one, got none (Q = 0)")
+    for update in updates:
+        if not isinstance(update, Update):
+            raise TypeError(f"updates: wanted finf_fast.Update, got {type(update).__name__}")
+        update.check(model)
+    if engine not in ENGINES:
+        raise ValueError(f"engine: wanted one of {', '.join(ENGINES)}, got {engine!r}")
+    if nonfinite not in ("raise", "keep"):
+        raise ValueError(f"nonfinite: wanted 'raise' or 'keep', got {nonfinite!r}")
+    return updates
+
+
+def _per_token(loss: Loss, wanted: bool) -> Loss:
+    if not wanted:
+        return loss
+    if not isinstance(loss, losses.CrossEntropy):
+        raise ValueError(f"per_token: wanted a cross-entropy loss, got {loss.name!r}")
+    loss = copy.copy(loss)
+    loss.per_token = True
+    return loss
+
+
+def _slice(samples: int, shard: tuple[int, int] | None) -> tuple[int, int]:
+    """First and one past last sample of the i-th of n slices, equal but for one sample."""
+    if shard is None:
+        return 0, samples
+    i, n = shard
+    if not (n >= 1 and 0 <= i < n):
+        raise ValueError(f"shard: wanted (i, n) with 0 <= i < n, got {shard}")
+    start, stop = samples * i // n, samples * (i + 1) // n
+    if start == stop:
+        raise ValueError(f"shard: wanted at most {samples} slices, one a sample, got {n}")
+    return start, stop
+
+
+def _place(
+    model: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the forwards: the model's own unless asked for; half precision cannot hold a difference."""
+    first = next(model.parameters())
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    own = torch.float64 if floating is torch.float64 else torch.float32
+    return torch.device(device if device is not None else first.device), dtype if dtype is not None else own
+
+
+def _joined(parts: list[Result]) -> Result:
+    """Results of consecutive samples as one."""
+    first = parts[0]
+    return Result(
+        torch.cat([part.base for part in parts]),
+        torch.cat([part.delta for part in parts], 1),
+        None if first.empty is None else torch.cat([part.empty for part in parts]),
+        None if first.token_base is None else torch.cat([part.token_base for part in parts]),
+        None if first.token_delta is None else torch.cat([part.token_delta for part in parts], 1),
+    )
+
+
+def _on_disk(result: Result, dtype: torch.dtype) -> tuple[Any, ...]:
+    """base (B,), delta (B, Q), and the tokens' (B, L), (B, L, Q): sample-major, on the CPU, in the sweep's dtype."""
+    tokens = () if result.token_base is None else (result.token_base, result.token_delta.movedim(0, -1))
+    return tuple(t.to("cpu", dtype).numpy() for t in (result.base, result.delta.mT, *tokens))

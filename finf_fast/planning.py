@@ -1,0 +1,128 @@
+"""How many samples go through the model at once, from what one sample costs and what memory there is.
+
+One forward on a single sample of zeros (real shapes, harmless token ids) is watched: the bytes of every tensor it makes bound
+what a sample needs, and the width of its output bounds the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from finf_fast.records import Plan
+
+SHARE = (
+    4  # a quarter of the free memory: the rest belongs to the user's process, the page cache and what the bound misses
+)
+CPU_BYTES = 256 << 20  # beyond it a forward on a CPU only leaves the caches behind (bench/bench_sweep.py --batch)
+MOST = 4096  # samples in a forward; small models gain nothing beyond, and a block is what an interruption can lose
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one sample through the model showed.
+
+    Attributes:
+        bytes: of all tensors that one forward makes for one sample, the outputs' change included: an upper bound of its need.
+        outputs: width V of the output (its last dimension).
+        tokens: rows of output a sample has, the L of (B, L, V); 1 for (B, V).
+    """
+
+    bytes: int
+    outputs: int
+    tokens: int
+
+
+def probe(output: Callable[[Any], Tensor], sample: Any) -> Probe:
+    """Runs ``output`` on a batch of one, integers replaced by zeros, and counts what it allocates."""
+    watch = _Watch()
+    with watch:
+        value = output(_harmless(sample))
+    tokens = value[0, ..., 0].numel() if value.dim() > 1 else 1
+    return Probe(watch.bytes + 2 * value.nbytes, value.shape[-1] if value.dim() > 1 else 1, tokens)
+
+
+def make_plan(found: Probe, start: int, stop: int, device: torch.device, batch_size: int | None) -> Plan:
+    """The plan of a sweep over samples ``[start, stop)``.
+
+    Args:
+        found: what one sample costs.
+        batch_size: samples per forward, or None to choose by memory.
+
+    Raises:
+        ValueError: ``batch_size`` below 1.
+    """
+    threads = torch.get_num_threads()
+    if batch_size is not None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+        return Plan(start, stop, batch_size, threads=threads, reason=f"batch of {batch_size} as asked")
+    free = free_bytes(device)
+    budget = free // SHARE if device.type != "cpu" else min(free // SHARE, CPU_BYTES)
+    fits = max(1, min(MOST, budget // max(1, found.bytes)))
+    size = 1 << (fits.bit_length() - 1)
+    need = f"{found.bytes / 2**20:.3g} MiB a sample, {free / 2**30:.3g} GiB free"
+    return Plan(start, stop, size, threads=threads, reason=f"batch of {size}: {need}")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be used: of the device, or of this machine or its control group, whichever is less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_available(), _group_left())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this exception means that a smaller batch might pass."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        table = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+        return table["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return 4 << 30  # not Linux: a modest machine
+
+
+def _group_left() -> int:
+    try:
+        group = Path("/sys/fs/cgroup")
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return 1 << 62
+
+
+class _Watch(TorchDispatchMode):
+    """Adds up the bytes of every tensor that an operation makes; views cost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        for value, spec in zip(out if isinstance(out, (tuple, list)) else (out,), returns, strict=False):
+            if isinstance(value, Tensor) and spec.alias_info is None:
+                self.bytes += value.nbytes
+        return out
+
+
+def _harmless(sample: Any) -> Any:
+    """The batch with its integers set to zero: a valid token id and label for any model."""
+    if isinstance(sample, Mapping):
+        return {k: v if k == "attention_mask" else _harmless(v) for k, v in sample.items()}
+    if isinstance(sample, (tuple, list)):
+        return tuple(_harmless(v) for v in sample)
+    whole = isinstance(sample, Tensor) and not sample.is_floating_point() and sample.dtype is not torch.bool
+    return torch.zeros_like(sample) if whole else sample

@@ -1,0 +1,326 @@
+"""The line from end to end: equal to two plain float64 forwards sample by sample, however it is cut, stored and resumed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import finf_fast as ff
+from finf_fast import pipeline
+from finf_fast.loss import resolve
+from nets import conv_net, language_model, mlp, plain_scores
+
+BOUNDS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+
+
+def ups(model, batch, count=3, **settings):
+    x, y = batch
+    settings = {"loss": "cross_entropy", "method": "sgd", "lr": 1e-2, **settings}
+    return [ff.mirror(model, (x[i : i + 2], y[i : i + 2]), **settings) for i in range(count)]
+
+
+def check(scores, base, delta, bound):
+    """Both within ``bound`` of the truth, whose changes must themselves stand well above it."""
+    base, delta = base.numpy(), delta.numpy()
+    scale = max(1, np.nanmax(base)) if bound > 1e-9 else 1
+    assert np.array_equal(np.isnan(scores.base), np.isnan(base))
+    assert np.nanmax(np.abs(scores.base - base)) <= bound * scale
+    assert np.nanmax(np.abs(scores.delta - delta)) <= bound * scale
+    assert np.nanmax(np.abs(delta)) > 100 * bound
+
+
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+@pytest.mark.parametrize("direction", ["ascent", "descent"])
+def test_an_mlp(dtype, bound, direction):
+    model, data = mlp()
+    updates = ups(model, data, direction=direction)
+    scores = ff.sweep(model, updates, data, dtype=dtype, batch_size=16)
+    check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [data]), bound)
+    assert scores.base.dtype == np.dtype(str(dtype).removeprefix("torch."))
+    sign = 1 if direction == "ascent" else -1
+    assert np.array_equal(scores.influence, sign * scores.delta)
+    assert scores.influence[0][:2].min() > 0  # a query's own samples help it, whichever way the step went
+
+
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_batch_norm_net_stepped_in_either_mode(dtype, bound, mode):
+    model, data = conv_net()
+    updates = ups(model, data, mode=mode)
+    assert bool(updates[0].buffers) == (mode == "train")
+    scores = ff.sweep(model, updates, data, dtype=dtype, batch_size=16)
+    check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [data]), bound)
+
+
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+def test_a_causal_lm_with_ragged_lengths_and_ignored_tokens(dtype, bound):
+    model, data = language_model()
+    loss = resolve("causal_lm")
+    rows = [{k: v[None] for k, v in sample.items()} for sample in data]  # the truth sees no padding at all
+    updates = [ff.mirror(model, rows[i], loss="causal_lm", lr=0.1) for i in (0, 4, 8)]
+    scores = ff.sweep(model, updates, data, loss="causal_lm", dtype=dtype, batch_size=8)
+    check(scores, *plain_scores(model, updates, loss, rows), bound)
+    assert np.isnan(scores.base[7]) and scores.record["samples_without_target"] == 1
+
+
+def test_one_forward_for_the_base_however_many_queries():
+    model, data = mlp(32)
+    calls = []
+    updates = ups(model, data)
+    count = lambda net, batch: calls.append(1) or net(batch[0]).square().sum(1)  # noqa: E731
+    ff.sweep(model, updates, data, loss=count, batch_size=8)
+    assert len(calls) == 4 * (1 + len(updates)) + 1  # four batches, and the probe
+
+
+def test_the_model_is_left_as_it_was_whatever_happens():
+    model, data = conv_net()
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def interrupted(net, batch):
+        interrupted.calls += 1
+        if interrupted.calls == 4:
+            raise KeyboardInterrupt
+        return net(batch[0]).sum(1)
+
+    interrupted.calls = 0
+    updates = ups(model, data)
+    with pytest.raises(KeyboardInterrupt):
+        ff.sweep(model, updates, data, loss=interrupted, batch_size=8)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_shards_join_to_the_whole(tmp_path):
+    model, data = mlp(50)
+    updates = ups(model, data)
+    whole = ff.sweep(model, updates, data, batch_size=8)
+    for i in range(3):
+        ff.sweep(model, updates, data, batch_size=8, shard=(i, 3), out=tmp_path / str(i))
+    joined = ff.Scores.merge([tmp_path / "2", tmp_path / "0", tmp_path / "1"])
+    np.testing.assert_allclose(joined.base, whole.base, atol=1e-14)
+    np.testing.assert_allclose(joined.delta, whole.delta, atol=1e-14)
+    assert joined.indices.tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("shard", [(3, 3), (-1, 2), (0, 0), (0, 51)])
+def test_shards_that_make_no_sense(shard):
+    model, data = mlp(50)
+    with pytest.raises(ValueError, match="shard"):
+        ff.sweep(model, ups(model, data), data, shard=shard)
+
+
+def test_a_finished_folder_is_read_not_scored_again(tmp_path):
+    model, data = mlp()
+    updates = ups(model, data)
+    first = ff.sweep(model, updates, data, out=tmp_path / "run", batch_size=16)
+    calls = []
+    again = ff.sweep(
+        model, updates, data, out=tmp_path / "run", progress=lambda done, total: calls.append((done, total))
+    )
+    assert np.array_equal(first.delta, again.delta) and calls == [(60, 60)]
+
+
+def test_an_interrupted_run_resumes_with_the_manifest_s_plan(tmp_path):
+    model, data = mlp()
+    updates = ups(model, data)
+    whole = ff.sweep(model, updates, data, out=tmp_path / "whole", batch_size=16)
+
+    def stop(done, total):
+        if done >= 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ff.sweep(model, updates, data, out=tmp_path / "part", batch_size=16, progress=stop)
+    assert not ff.Scores.open(tmp_path / "part", partial=True).complete
+    resumed = ff.sweep(model, updates, data, out=tmp_path / "part", batch_size=4)  # the manifest's 16 holds
+    for name in ("base.npy", "delta.npy", "done"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert resumed.manifest["plan"]["block"] == 16 and np.array_equal(resumed.base, whole.base)
+
+
+def test_another_run_s_folder_is_refused(tmp_path):
+    model, data = mlp()
+    updates = ups(model, data)
+    ff.sweep(model, updates, data, out=tmp_path / "run")
+    with pytest.raises(ff.ManifestMismatch, match="updates"):
+        ff.sweep(model, ups(model, data, lr=2e-2), data, out=tmp_path / "run")
+    with pytest.raises(ff.ManifestMismatch, match="corpus"):
+        ff.sweep(model, updates, (data[0] + 1, data[1]), out=tmp_path / "run")
+    with pytest.raises(ff.ManifestMismatch, match="dtype"):
+        ff.sweep(model, updates, data, out=tmp_path / "run", dtype=torch.float32)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    with pytest.raises(ff.ManifestMismatch, match="model"):
+        ff.sweep(model, updates, data, out=tmp_path / "run")
+
+
+def test_memory_running_out_halves_the_batch_and_is_remembered(tmp_path, monkeypatch):
+    model, data = mlp()
+    updates = ups(model, data)
+    whole = ff.sweep(model, updates, data, batch_size=16)
+    real = pipeline.PairEngine.score
+
+    def tight(self, batch):
+        if len(batch[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return real(self, batch)
+
+    monkeypatch.setattr(pipeline.PairEngine, "score", tight)
+    scores = ff.sweep(model, updates, data, batch_size=16, out=tmp_path / "run")
+    np.testing.assert_allclose(scores.delta, whole.delta, atol=1e-14)
+    assert scores.manifest["plan"]["halvings"] == [[0, 8], [0, 4]]
+
+    def hopeless(self, batch):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(pipeline.PairEngine, "score", hopeless)
+    with pytest.raises(torch.OutOfMemoryError):
+        ff.sweep(model, updates, data, batch_size=16)
+
+
+def test_per_token_scores(tmp_path):
+    torch.manual_seed(0)
+    model, _ = language_model()
+    ids = torch.randint(0, 19, (10, 7))
+    updates = [ff.mirror(model, ids[:1], loss="causal_lm")]
+    scores = ff.sweep(model, updates, ids, loss="causal_lm", per_token=True, batch_size=4, out=tmp_path / "run")
+    assert scores.token_base.shape == (10, 7) and scores.token_delta.shape == (1, 10, 7)
+    np.testing.assert_allclose(np.nanmean(scores.token_base, 1), scores.base, atol=1e-12)
+    np.testing.assert_allclose(np.nanmean(scores.token_delta, 2), scores.delta, atol=1e-12)
+    with pytest.raises(ValueError, match="per_token"):
+        ff.sweep(model, updates, ids, loss=lambda net, batch: batch.sum(1), per_token=True)
+
+
+def test_forward_inf_is_mirrors_and_sweep_in_one():
+    model, (x, y) = mlp()
+    scores = ff.forward_inf(model, (x, y), (x[:3], y[:3]), method="sgd", lr=1e-2, batch_size=16)
+    by_hand = ff.sweep(
+        model, [ff.mirror(model, (x[i : i + 1], y[i : i + 1]), lr=1e-2) for i in range(3)], (x, y), batch_size=16
+    )
+    assert np.array_equal(scores.delta, by_hand.delta)
+    grouped = ff.forward_inf(model, (x, y), (x[:3], y[:3]), groups={"pair": [0, 1], "one": [2]}, lr=1e-2)
+    assert grouped.names == ("pair", "one") and grouped.delta.shape == (2, 60)
+    np.testing.assert_allclose(grouped.delta[1], scores.delta[2], atol=1e-12)
+    assert scores.top(0, 1).indices[0] in range(60)
+
+
+def test_files_give_what_arrays_give(tmp_path):
+    model, (x, y) = mlp()
+    np.save(tmp_path / "x.npy", x.numpy())
+    np.save(tmp_path / "y.npy", y.numpy())
+    updates = ups(model, (x, y))
+    from_files = ff.sweep(model, updates, ff.open_corpus(tmp_path / "x.npy", labels=tmp_path / "y.npy"), batch_size=16)
+    assert np.array_equal(from_files.delta, ff.sweep(model, updates, (x, y), batch_size=16).delta)
+
+
+def test_half_precision_models_run_in_float32_and_say_so():
+    model, (x, y) = mlp()
+    half = model.bfloat16()
+    updates = ups(half, (x.bfloat16(), y))
+    scores = ff.sweep(half, updates, (x.bfloat16(), y))
+    assert scores.base.dtype == np.float32 and scores.record["dtype"] == "float32"
+    check(scores, *plain_scores(half, updates, resolve("cross_entropy"), [(x.bfloat16().double(), y)]), 1e-5)
+
+
+def test_the_manifest_tells_what_was_done():
+    model, data = mlp()
+    scores = ff.sweep(model, ups(model, data), data)
+    identity = json.loads(json.dumps(scores.manifest))["identity"]
+    assert identity["versions"]["torch"] == torch.__version__
+    assert identity["settings"]["loss"] == "cross_entropy" and identity["settings"]["engine"] == "pair"
+    assert len(identity["fingerprints"]["updates"]) == 3 and scores.plan.startswith("pair: batch of ")
+
+
+def nan_at(index):
+    model, (x, y) = mlp()
+    x = x.clone()
+    x[index] = float("nan")
+    return model, (x, y)
+
+
+def test_a_nan_loss_names_the_sample_and_keeps_what_was_scored(tmp_path):
+    model, data = nan_at(37)
+    updates = ups(model, data)
+    with pytest.raises(ff.NonFiniteLoss, match="sample 37.*loss before the step is nan"):
+        ff.sweep(model, updates, data, batch_size=8, out=tmp_path / "run")
+    partial = ff.Scores.open(tmp_path / "run", partial=True)
+    assert np.isfinite(partial.base[:32]).all() and np.isnan(partial.base[32:]).all()
+    kept = ff.sweep(model, updates, data, batch_size=8, nonfinite="keep")
+    assert np.isnan(kept.base[37]) and np.isfinite(np.delete(kept.base, 37)).all()
+
+
+def test_a_step_that_explodes_names_the_query():
+    model, data = mlp()
+    updates = ups(model, data)
+    broken = ff.Update({n: t * float("inf") for n, t in updates[1].params.items()})
+    with pytest.raises(ff.NonFiniteLoss, match="sample 0.*query 1"):
+        ff.sweep(model, [updates[0], broken], data)
+
+
+def test_a_label_out_of_range_names_the_sample(tmp_path):
+    model, (x, y) = mlp()
+    updates, y = ups(model, (x, y)), y.clone()
+    y[41] = 5
+    with pytest.raises(ff.BadSample, match=r"sample 41 .*label wanted in \[0, 5\).*got 5"):
+        ff.sweep(model, updates, (x, y), batch_size=8, out=tmp_path / "run")
+    assert not np.isfinite(ff.Scores.open(tmp_path / "run", partial=True).base[40:]).any()
+
+
+def test_a_wrong_vocabulary_names_the_file_and_place(tmp_path):
+    model, _ = language_model()
+    tokens = np.random.default_rng(0).integers(0, 19, 100).astype(np.uint16)
+    updates = [ff.mirror(model, torch.from_numpy(tokens[:10].astype(np.int64))[None], loss="causal_lm")]
+    tokens[83] = 300
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(ff.BadSample, match=r"sample 8 \(.*train.bin.*byte 160.*token id wanted in \[0, 19\), got 300"):
+        ff.sweep(model, updates, ff.open_corpus(tmp_path / "train.bin", window=10), loss="causal_lm")
+
+
+def test_a_bad_first_sample_is_named_too():
+    model, (x, y) = mlp()
+    updates, y = ups(model, (x, y)), y.clone()
+    y[0] = 77
+    with pytest.raises(ff.BadSample, match="sample 0 "):
+        ff.sweep(model, updates, (x, y))
+
+
+class NoParameters(nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"updates": []}, ValueError, "updates: wanted at least one.*Q = 0"),
+        ({"updates": ["x"]}, TypeError, "updates: wanted finf_fast.Update"),
+        ({"updates": [ff.Update({"nowhere": torch.zeros(1)})]}, ValueError, "no parameter 'nowhere'"),
+        ({"updates": [ff.Update({"0.bias": torch.zeros(3)})]}, ValueError, "wanted shape"),
+        ({"model": NoParameters()}, ValueError, "model: wanted at least one parameter"),
+        ({"model": "x"}, TypeError, "model: wanted a torch.nn.Module"),
+        ({"corpus": (torch.zeros(0, 12), torch.zeros(0).long())}, ValueError, "empty"),
+        ({"loss": "nope"}, ValueError, "loss: wanted one of"),
+        ({"engine": "warp"}, ValueError, "engine"),
+        ({"nonfinite": "hide"}, ValueError, "nonfinite"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"dtype": torch.float16}, ValueError, "dtype"),
+    ],
+)
+def test_what_a_sweep_refuses(change, error, words):
+    model, data = mlp()
+    given = {"model": model, "updates": ups(model, data, 1), "corpus": data, **change}
+    with pytest.raises(error, match=words):
+        ff.sweep(given.pop("model"), given.pop("updates"), given.pop("corpus"), **given)
+
+
+def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
+    model, data = mlp()
+    (tmp_path / "file").write_text("x")
+    calls = []
+    with pytest.raises((OSError, ValueError), match="file"):
+        ff.sweep(model, ups(model, data), data, out=tmp_path / "file" / "run", progress=lambda *a: calls.append(a))
+    assert calls == []
