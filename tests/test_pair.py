@@ -122,6 +122,15 @@ def test_many_queries_come_in_chunks(monkeypatch):
     torch.testing.assert_close(parts.delta, whole.delta, atol=1e-14, rtol=0)
 
 
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+def test_a_masked_vocabulary_counts_for_nothing(dtype, bound):
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 6).double(), torch.randn(5, 4).double()
+    model.bias.data[3:5] = float("-inf")
+    updates = [Update({"weight": 0.1 * torch.randn(6, 4).double()}) for _ in range(2)]
+    check(model, updates, resolve("cross_entropy"), (x, torch.tensor([0, 1, 2, 5, 0])), dtype, bound)
+
+
 def test_the_user_s_model_is_not_touched():
     model, batch = conv_net()
     model.train()

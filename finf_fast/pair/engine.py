@@ -87,11 +87,14 @@ class PairEngine:
         """Changes of the output, (Qc, B, ...), a few queries at a time."""
         count = len(self._weights)
         chunk = max(1, min(count, CHANGE_BYTES // max(1, value.nbytes)))
+        masked = _may_be_infinite(value)
         for first in range(0, count, chunk):
             change = value.new_empty((min(chunk, count - first), *value.shape))
             for row in range(len(change)):
                 after = self._forward(self._weights[first + row], batch)
                 torch.sub(after, value, out=change[row])
+                if masked:  # a column at -inf before and after has not changed, though inf - inf is not a number
+                    change[row].masked_fill_(after == value, 0)
             yield change
 
     def _forward(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
@@ -111,6 +114,14 @@ class PairEngine:
             image = self._images and batch.dim() == 4
             return batch.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
         return batch
+
+
+def _may_be_infinite(value: Tensor) -> bool:
+    """Whether an output may hold infinities (a masked vocabulary); a GPU is not made to wait for the answer."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return True
+    low, high = torch.aminmax(value)
+    return not bool(torch.isfinite(high - low))
 
 
 def _join(parts: list[Result]) -> Result:
