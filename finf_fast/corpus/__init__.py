@@ -1,0 +1,114 @@
+"""Stage 1, disk: open training data where it lies, check it before any work, and hand out row ranges as batches.
+
+One format a page: arrays, npy, tokens, idx, dataset. This page only tells them apart.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from finf_fast.corpus.arrays import ArrayCorpus
+from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.dataset import DatasetCorpus
+from finf_fast.corpus.idx import IdxCorpus
+from finf_fast.corpus.npy import NpyCorpus
+from finf_fast.corpus.recognise import is_path, map_labels, recognise
+from finf_fast.corpus.tokens import TokenCorpus
+
+__all__ = ["Corpus", "open_corpus"]
+
+FORMATS = {corpus.format: corpus for corpus in (ArrayCorpus, NpyCorpus, TokenCorpus, IdxCorpus, DatasetCorpus)}
+OPTIONS = {
+    "arrays": {"labels"},
+    "npy": {"labels", "mean", "std", "layout"},
+    "tokens": {"window", "stride", "dtype", "header"},
+    "idx": {"labels", "mean", "std", "layout", "cache"},
+    "dataset": {"collate_fn"},
+}
+
+
+def open_corpus(
+    source: Any,
+    *,
+    format: str | None = None,
+    labels: Any = None,
+    window: int | None = None,
+    stride: int | None = None,
+    dtype: str | None = None,
+    header: int | None = None,
+    mean: Any = None,
+    std: Any = None,
+    layout: str | None = None,
+    transform: Any = None,
+    collate_fn: Any = None,
+    cache: str | os.PathLike | None = None,
+) -> Corpus:
+    """Open training data without copying it; headers, sizes, shapes and dtypes are checked here, values as they stream.
+
+    Args:
+        source: one of
+
+            * arrays: a tensor or numpy array (S, …), or a tuple, list or dict of them;
+            * npy: a path to an ``.npy`` file of pixels or floats, its labels in ``labels``, or both paths in a tuple;
+            * tokens: a path to a flat file of uint16 or uint32 tokens (nanoGPT, llm.c 1 and 7, one-dimensional
+              ``.npy``), with ``window``;
+            * idx: a path to an IDX file, ``.gz`` too, its labels in ``labels``, or a folder with MNIST's training pair;
+            * dataset: any map-style torch Dataset or sequence of samples, read one by one.
+
+            A corpus that is open already is handed back.
+        format: one of these five names, where the source alone does not tell.
+        labels: (S,) integers: a path to ``.npy`` or IDX, or an array; delivered as int64.
+        window, stride, dtype, header: of token files; see :class:`TokenCorpus`.
+        mean, std, layout: of pixels; see :class:`Pixels`.
+        transform: callable on each decoded batch; it returns a batch of as many samples.
+        collate_fn: how a dataset's samples are joined; default as DataLoader does, dicts padded.
+        cache: folder for unpacked IDX files.
+
+    Returns:
+        Corpus: with ``len``, ``read(start, stop)``, ``corpus[i]``, ``fingerprint``, ``describe()``, ``locate(i)``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedFile: a file that is not what its header or name promises.
+        ValueError, TypeError: an argument that does not fit, named, with what was wanted and what was given.
+    """
+    given = {
+        "labels": labels, "window": window, "stride": stride, "dtype": dtype, "header": header,
+        "mean": mean, "std": std, "layout": layout, "collate_fn": collate_fn, "cache": cache,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(source, Corpus):
+        _require_no_options(given if transform is None else {**given, "transform": transform}, format)
+        return source
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format: wanted one of {sorted(FORMATS)} or None, got {format!r}")
+    name = format or recognise(source, given)
+    source, given = _labels_apart(source, name, given)
+    for option in given:
+        if option not in OPTIONS[name]:
+            raise ValueError(
+                f"{option}: wanted None, for the format {name!r} takes {sorted(OPTIONS[name])}, got a value"
+            )
+    return FORMATS[name](source, **given, transform=transform)
+
+
+def _require_no_options(given: dict[str, Any], format: str | None) -> None:
+    if given or format is not None:
+        raise ValueError(
+            f"source: wanted no options beside a corpus that is open already, got {sorted(given) or format}"
+        )
+
+
+def _labels_apart(source: Any, name: str, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take ``(features, labels)`` apart, where both are paths, and map the labels."""
+    if name in ("npy", "idx"):
+        if isinstance(source, (tuple, list)):
+            if len(source) != 2 or not all(map(is_path, source)) or "labels" in given:
+                raise ValueError(f"source: wanted a path, or the paths (features, labels), got {source!r}")
+            source, given = source[0], {**given, "labels": source[1]}
+        if "labels" in given:
+            given = {**given, "labels": map_labels(given["labels"], given.get("cache"))}
+    if name in ("npy", "idx", "tokens") and not is_path(source):
+        raise TypeError(f"source: wanted a path for the format {name!r}, got {type(source).__name__}")
+    return source, given

@@ -1,0 +1,85 @@
+"""What a source is: told by its type, and of a file by its first bytes, then its name; never by trying to read it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from finf_fast.corpus.arrays import holds_arrays
+from finf_fast.corpus.idx import find_idx_pair, is_idx, map_idx
+from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
+from finf_fast.corpus.npy import map_npy
+from finf_fast.corpus.tokens import is_llmc
+from finf_fast.corpus.unpack import gzip_head, is_gzip
+
+__all__ = ["is_path", "map_labels", "recognise"]
+
+
+def is_path(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike))
+
+
+def recognise(source: Any, given: dict[str, Any]) -> str:
+    """Name of the format.
+
+    Args:
+        source: as the user gave it.
+        given: options that are not None; ``window`` and ``collate_fn`` say what the user takes the source for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError, ValueError: nothing that is known.
+    """
+    if is_path(source):
+        return _recognise_path(source, "window" in given)
+    if isinstance(source, (tuple, list)) and source and all(map(is_path, source)):
+        return _recognise_path(source[0], False)
+    if holds_arrays(source) and "collate_fn" not in given:
+        return "arrays"
+    # A tuple or dict with something that is no array inside is a mistake in an array source, not a dataset.
+    return "arrays" if isinstance(source, (tuple, Mapping)) else "dataset"
+
+
+def map_labels(labels: Any, cache: str | os.PathLike | None) -> Any:
+    """Labels as given, or mapped where they are a path to ``.npy`` or IDX.
+
+    Raises:
+        ValueError: a file that is neither.
+    """
+    if not is_path(labels):
+        return labels
+    head = _head(labels, "labels")
+    if head.startswith(NPY_MAGIC):
+        return map_npy(labels)
+    if is_gzip(labels) or is_idx(head[:4]):
+        return map_idx(labels, cache)
+    wanted = "an .npy or IDX file"
+    raise ValueError(f"labels: wanted {wanted}, got {os.fspath(labels)!r}, which starts with {head[:4].hex(' ')!r}")
+
+
+def _recognise_path(path: str | os.PathLike, windowed: bool) -> str:
+    if os.path.isdir(path):
+        find_idx_pair(path)
+        return "idx"
+    head, name = _head(path, "source"), os.fspath(path)
+    if is_gzip(path):
+        head = gzip_head(path, 4)
+    elif head.startswith(NPY_MAGIC):
+        # A token stream saved as .npy is told from features by the window alone.
+        return "tokens" if windowed else "npy"
+    elif windowed or is_llmc(head) or name.endswith(".bin"):
+        return "tokens"
+    elif name.endswith(".npy"):
+        return "npy"
+    if is_idx(head[:4]):
+        return "idx"
+    wanted = "'npy', 'tokens' (with window) or 'idx' named"
+    raise ValueError(f"format: wanted {wanted}, for {name!r} is not recognised: it starts with {head[:4].hex(' ')!r}")
+
+
+def _head(path: str | os.PathLike, argument: str) -> bytes:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{argument}: wanted an existing file, got {os.fspath(path)!r}")
+    with open(path, "rb") as handle:
+        return handle.read(len(NPY_MAGIC))

@@ -1,0 +1,91 @@
+"""Stage 2, staging: one thread reads blocks ahead of the model, never more than a few, and hands them over in order.
+
+A slot is taken before a block is read and given back when the consumer takes the block, so that at most ``depth``
+decoded blocks wait at any moment, whatever their size; whoever waits sleeps until it is woken.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+from finf_fast.records import Block, Plan
+
+__all__ = ["stage"]
+
+_END = object()
+
+
+def stage(corpus: Any, plan: Plan, numbers: Iterable[int], depth: int = 2) -> Iterator[Block]:
+    """Read blocks of a plan ahead, in one background thread, and yield them in the order asked for.
+
+    The thread starts with the first ``next`` and is gone when the iterator ends, fails or is closed; closing waits for
+    the block that is being read.
+
+    Args:
+        corpus: anything with ``read(start, stop) -> batch``; it is called from the one thread only.
+        plan: cuts the corpus into blocks.
+        numbers: which blocks, 0 … plan.blocks - 1, in this order.
+        depth: decoded blocks that may wait, 1 or more, besides the one the consumer holds.
+
+    Raises:
+        ValueError: depth below 1; a block number that the plan does not have.
+        Exception: whatever reading a block raised, with its own traceback, when that block's turn comes.
+    """
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"depth: wanted an integer, got {depth!r}")
+    if depth < 1:
+        raise ValueError(f"depth: wanted 1 or more blocks, got {depth}")
+    return _staged(_Reader(corpus, plan, numbers, depth))
+
+
+def _staged(reader: _Reader) -> Iterator[Block]:
+    reader.start()
+    try:
+        while (item := reader.ready.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            reader.slots.release()
+            yield item
+            # The block is the consumer's alone from here: not kept alive while the next one is awaited.
+            del item
+    finally:
+        reader.stop()
+
+
+class _Reader(threading.Thread):
+    """The thread that reads; ``ready`` carries blocks, then the end or the exception that ended it."""
+
+    def __init__(self, corpus: Any, plan: Plan, numbers: Iterable[int], depth: int):
+        # A daemon, so that a second Ctrl-C, while a read hangs on a dead network disk, still ends the process.
+        super().__init__(name="finf-fast-staging", daemon=True)
+        self.ready: SimpleQueue[Any] = SimpleQueue()
+        self.slots = threading.Semaphore(depth)
+        self._work = corpus, plan, numbers
+        self._stopped = False
+
+    def run(self) -> None:
+        try:
+            self._read_all(*self._work)
+        except BaseException as error:
+            self.ready.put(error)
+        else:
+            self.ready.put(_END)
+
+    def _read_all(self, corpus: Any, plan: Plan, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self.slots.acquire()
+            if self._stopped:
+                return
+            if not 0 <= number < plan.blocks:
+                raise ValueError(f"numbers: wanted blocks 0 to {plan.blocks - 1}, got {number}")
+            start, stop = plan.rows(number)
+            self.ready.put(Block(number, start, stop, corpus.read(start, stop)))
+
+    def stop(self) -> None:
+        """Wake the thread if it waits for a slot, and wait until it is gone."""
+        self._stopped = True
+        self.slots.release()
+        self.join()

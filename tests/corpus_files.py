@@ -1,0 +1,44 @@
+"""Data files for the tests of the corpus, written byte by byte, so that no reader's idea of a format is trusted."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+
+def npy_bytes(shape: tuple[int, ...], descr: str, payload: bytes, *, fortran: bool = False, version: int = 1) -> bytes:
+    """An `.npy` file: magic, version, header length, the dict padded with blanks to a multiple of 64, payload."""
+    text = f"{{'descr': '{descr}', 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
+    before = 10 if version == 1 else 12
+    text += b" " * (-(before + len(text) + 1) % 64) + b"\n"
+    length = struct.pack("<H" if version == 1 else "<I", len(text))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text + payload
+
+
+def idx_bytes(shape: tuple[int, ...], payload: bytes, code: int = 8) -> bytes:
+    return bytes([0, 0, code, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + payload
+
+
+def llmc_bytes(tokens: np.ndarray, magic: int, version: int, count: int | None = None) -> bytes:
+    words = [magic, version, len(tokens) if count is None else count] + [0] * 253
+    return struct.pack("<256i", *words) + tokens.tobytes()
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def state(path: Path) -> tuple[bytes, int]:
+    """What reading must leave alone: the bytes and the time of change."""
+    return path.read_bytes(), os.stat(path).st_mtime_ns
+
+
+def flip_byte(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
