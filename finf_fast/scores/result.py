@@ -1,0 +1,266 @@
+"""The reader: scores of a finished sweep, from memory or mapped from a folder, and what a person asks of them."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from finf_fast.records import TopK
+from finf_fast.scores import frames, joining
+from finf_fast.scores import manifest as manifests
+from finf_fast.scores.folder import Folder, Memory, array_path, check_folder, claim
+from finf_fast.topk import RunningTop, check_k
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+# Samples that .top reads at a time: half a MiB of float64 keys, which stays in a core's L2 cache.
+TOP_ROWS = 1 << 16
+
+
+class Scores:
+    """Loss of S samples before a step, and its change for each of Q queries.
+
+    Comes from a sweep, from ``Scores.open(folder)`` or ``Scores.merge(shards)``. Arrays are read-only; those of a
+    folder are mapped, not loaded.
+    """
+
+    def __init__(
+        self, manifest: dict[str, Any], arrays: dict[str, np.ndarray], done: np.ndarray, path: Path | None = None
+    ):
+        self._manifest, self._arrays, self._done, self.path = manifest, arrays, done, path
+        for array in arrays.values():
+            array.flags.writeable = False
+
+    @classmethod
+    def of(cls, target: Memory | Folder) -> Scores:
+        """The scores of a store that has been closed."""
+        if isinstance(target, Folder):
+            return cls.open(target.path)
+        return cls(target.manifest, target.arrays, target.done)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], partial: bool = False) -> Scores:
+        """Maps a result folder, once header and size of every file are checked.
+
+        Args:
+            path: the folder.
+            partial: take an unfinished one too; what is not scored yet reads as NaN (memory: those rows).
+
+        Raises:
+            FileNotFoundError: no folder, or no manifest in it.
+            DamagedFile: a file is not what the manifest says.
+            ValueError: unfinished, and ``partial`` is False.
+        """
+        path = Path(path)
+        manifest = manifests.read(path)
+        done = check_folder(path, manifest)
+        if not done.all() and not partial:
+            raise ValueError(
+                f"path: wanted a finished result folder (or partial=True), got {path} with "
+                f"{int(done.sum())} of {len(done)} blocks done"
+            )
+        arrays = {name: mapped(array_path(path, name), done, manifest) for name in manifests.arrays_of(manifest)}
+        return cls(manifest, arrays, done, path)
+
+    @staticmethod
+    def merge(parts: Sequence[Scores | str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Scores:
+        """Joins the shards of one sweep, in any order, into one.
+
+        Args:
+            parts: scores or folders. Together they must cover a range without gap or overlap.
+            out: folder for the result; None joins in memory.
+
+        Raises:
+            ManifestMismatch: shards of different sweeps; lists what differs.
+            ValueError: none given, one is unfinished, a gap, an overlap, or ``out`` holds scores already.
+            DamagedFile, OSError: as ``Scores.open``.
+        """
+        shards = [part if isinstance(part, Scores) else Scores.open(part) for part in parts]
+        shards.sort(key=lambda shard: shard._manifest["shape"]["start"])
+        manifest = joining.join([shard._manifest for shard in shards], [shard._where for shard in shards])
+        return write_all(manifest, [shard._complete_arrays("merge") for shard in shards], out)
+
+    def save(self, path: str | os.PathLike[str]) -> Scores:
+        """Writes the scores to a new result folder and returns them as read from there.
+
+        Raises:
+            ValueError: unfinished, or ``path`` holds scores or other files already.
+            OSError: the folder cannot be written.
+        """
+        return write_all(self._manifest, [self._complete_arrays("save")], path)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else f"{int(self._done.sum())} of {len(self._done)} blocks"
+        return f"Scores({len(self)} samples, {len(self.names)} queries, {self.base.dtype}, {state}, {self._where})"
+
+    @property
+    def base(self) -> np.ndarray:
+        """(S,) loss of each sample before the step."""
+        return self._arrays["base"]
+
+    @property
+    def delta(self) -> np.ndarray:
+        """(Q,S) loss after the step minus loss before; a view of sample-major data."""
+        return self._arrays["delta"].T
+
+    @property
+    def token_base(self) -> np.ndarray | None:
+        """(S,T) loss of each token before the step, NaN where there is none; None if it was not asked for."""
+        return self._arrays.get("token_base")
+
+    @property
+    def token_delta(self) -> np.ndarray | None:
+        """(Q,S,T) change of each token's loss, a view; None if it was not asked for."""
+        array = self._arrays.get("token_delta")
+        return None if array is None else np.moveaxis(array, 2, 0)
+
+    @property
+    def influence(self) -> np.ndarray:
+        """(Q,S), positive = helpful: delta after an ascent step, its negative after a descent step (then a copy)."""
+        if (self._signs > 0).all():
+            return self.delta
+        return self.delta * self._signs[:, None]
+
+    @property
+    def indices(self) -> np.ndarray:
+        """(S,) int64 position of each sample in the corpus."""
+        shape = self._manifest["shape"]
+        return np.arange(shape["start"], shape["stop"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each query."""
+        return tuple(self._manifest["names"])
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """ "ascent" or "descent" for each query."""
+        return tuple(self._manifest["directions"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """All that is known of the sweep; a copy."""
+        return manifests.as_json("manifest", self._manifest)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the run went, as the sweep wrote it down; a copy."""
+        return self.manifest["record"]
+
+    @property
+    def plan(self) -> str:
+        """The engine and why the work was cut as it was, in a line."""
+        engine = self._manifest["identity"].get("settings", {}).get("engine")
+        return ": ".join(part for part in (engine, self._manifest["plan"]["reason"]) if part)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is scored."""
+        return bool(self._done.all())
+
+    def top(self, query: int, k: int = 10, tail: str = "helpful") -> TopK:
+        """The k strongest samples of a query, strongest first.
+
+        Args:
+            query: 0 to Q-1.
+            k: how many; more than S gives S. NaN is left out.
+            tail: "helpful" the most positive influence, "harmful" the most negative, "both" the largest either way.
+
+        Returns:
+            Corpus indices and influence. Of equal ones the smaller index is first. Memory does not grow with S.
+
+        Raises:
+            ValueError, TypeError: an argument is not as above.
+        """
+        query, k = self._check_query(query), min(check_k(k), len(self))
+        running = RunningTop(1, k, tail, getattr(torch, self.base.dtype.name))
+        first = self._manifest["shape"]["start"]
+        for row in range(0, len(self), TOP_ROWS):
+            block = self._arrays["delta"][row : row + TOP_ROWS, query] * self._signs[query]
+            running.add(torch.from_numpy(block)[None], first + row)
+        return running.result(0)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row a sample: ``index``, ``base``, then ``delta_<name>`` and ``influence_<name>`` for each query.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frames.to_pandas(self._columns())
+
+    def to_arrow(self) -> pyarrow.Table:
+        """The table of ``to_pandas`` as Arrow, for Parquet, DuckDB or Polars.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
+        return frames.to_arrow(self._columns())
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        return frames.columns(self.indices, self.base, self.delta, self._signs, self.names)
+
+    @property
+    def _signs(self) -> np.ndarray:
+        return np.where(np.array(self.directions) == "ascent", 1, -1).astype(self.base.dtype)
+
+    @property
+    def _where(self) -> str:
+        shape = self._manifest["shape"]
+        return str(self.path) if self.path else f"samples {shape['start']} to {shape['stop'] - 1} in memory"
+
+    def _check_query(self, query: int) -> int:
+        try:
+            number = operator.index(query)
+        except TypeError as err:
+            raise TypeError(f"query: wanted a whole number, got {query!r}") from err
+        if not 0 <= number < len(self.names):
+            raise ValueError(f"query: wanted 0 to {len(self.names) - 1}, got {number}")
+        return number
+
+    def _complete_arrays(self, action: str) -> dict[str, np.ndarray]:
+        if not self.complete:
+            raise ValueError(f"{action}: wanted finished scores, got {self!r}")
+        return self._arrays
+
+
+def mapped(path: Path, done: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
+    """The array at ``path`` without reading it; rows of blocks that are not done are NaN."""
+    if done.all():
+        return np.asarray(np.load(path, mmap_mode="r"))
+    array = np.asarray(np.load(path, mmap_mode="c"))  # copy on write: only pages that get a NaN cost memory
+    plan = manifests.plan_of(manifest)
+    for number in np.flatnonzero(done == 0).tolist():
+        start, stop = plan.rows(number)
+        array[start - plan.start : stop - plan.start] = math.nan
+    return array
+
+
+def write_all(
+    manifest: dict[str, Any], parts: list[dict[str, np.ndarray]], out: str | os.PathLike[str] | None
+) -> Scores:
+    """Puts the parts one after the other into memory or a new folder, as complete scores under ``manifest``."""
+    manifest = {**manifest, "ready": False}
+    target = Memory(manifest) if out is None else claim(out, manifest)
+    try:
+        if target.path and target.manifest["ready"]:
+            raise ValueError(f"out: wanted an empty folder, got {out} with scores in it")
+        target.create(ready=False)  # stopped half-way, the folder counts as empty and can be written again
+        joining.copy(parts, target)
+        target.sync()
+        target.flag(range(manifests.plan_of(manifest).blocks))
+        target.save_manifest({**manifest, "ready": True})
+    finally:
+        target.close()
+    return Scores.of(target)
