@@ -1,0 +1,61 @@
+"""The border checks that the operations share: every message names the argument, what was wanted and what was got.
+
+They look at shapes, dtypes and devices only, never at values, so that no check waits for a device and every check also
+runs on fake tensors while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["CODES", "check_dtype", "check_rows", "check_same_device", "check_shape", "result_dtype", "rows"]
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# How finf_fast._C is told the type behind a raw pointer.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+
+def check_dtype(name: str, x: Tensor, *wanted: torch.dtype) -> None:
+    """TypeError unless `x` is of one of the dtypes."""
+    if x.dtype not in wanted:
+        raise TypeError(f"{name}: wanted {' or '.join(_word(dtype) for dtype in wanted)}, got {_word(x.dtype)}")
+
+
+def check_shape(name: str, x: Tensor, letters: str, *sizes: int | None) -> None:
+    """ValueError unless `x` has these sizes (None: any); `letters` is the shape as the docstring spells it."""
+    fits = x.dim() == len(sizes) and all(size is None or size == got for size, got in zip(sizes, x.shape, strict=True))
+    if not fits:
+        known = [letter if size is None else size for letter, size in zip(letters.split(","), sizes, strict=True)]
+        raise ValueError(
+            f"{name}: wanted shape ({letters}) = ({', '.join(map(str, known))}), got {tuple(map(int, x.shape))}"
+        )
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """ValueError unless all tensors lie on the device of the first."""
+    (first, x), *others = tensors.items()
+    for name, y in others:
+        if y.device != x.device:
+            raise ValueError(f"{name}: wanted on {x.device}, where {first} is, got {y.device}")
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """ValueError unless the numbers of a row that is to be written are neighbours in memory."""
+    if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: wanted rows without gaps (last stride 1), got strides {x.stride()}")
+
+
+def result_dtype(*inputs: Tensor) -> torch.dtype:
+    """float64 if an input is, else float32: a loss is never rounded to a shorter input's type."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` itself if its rows have no gaps, whatever lies between rows; otherwise a contiguous copy."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

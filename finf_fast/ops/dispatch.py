@@ -1,0 +1,165 @@
+"""Which face of an operation runs: one table, one choice, and a reason for every face that is refused.
+
+``FINF_BACKEND`` chooses: ``auto`` (default) takes the first face of the operation's row below that is built and takes
+the inputs; a face's name forces it, and what it cannot take is then an error. The first choice of each kind is logged
+at INFO to the logger ``finf_fast``, with the reasons against the faces before it.
+
+A new face is a word in `TABLE` here and a runner in the operation's file.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["TABLE", "Face", "Verdict", "backends", "choose", "chosen", "compiled", "faces"]
+
+log = logging.getLogger("finf_fast")
+
+
+@dataclass(frozen=True)
+class Face:
+    """What one face of one operation takes: kinds of device (None: any) and dtypes of its floating inputs."""
+
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a face can run, and why not (or, in a word, why)."""
+
+    face: str
+    available: bool
+    reason: str
+
+
+_ANY = Face(None, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+# Faces in order of preference: what is listed first is fastest where it runs at all.
+TABLE: dict[str, dict[str, Face]] = {
+    "cross_entropy_delta": {"cpp": Face(("cpu",), (torch.float32, torch.bfloat16)), "reference": _ANY},
+    "segment_sum": {"cpp": Face(("cpu",), (torch.float32, torch.float64)), "reference": _ANY},
+    "topk_merge": {
+        "cpp": Face(("cpu",), (torch.float32, torch.float64)),
+        "reference": Face(None, (torch.float32, torch.float64)),
+    },
+}
+
+
+@functools.cache
+def compiled() -> ModuleType:
+    """The compiled module; ImportError if it was not built for this Python."""
+    from finf_fast import _C
+
+    return _C
+
+
+def _unbuilt() -> str:
+    """Why the compiled faces are missing, or nothing."""
+    try:
+        compiled()
+    except ImportError as error:
+        return f"_C not built: {error}"
+    return ""
+
+
+# A face that needs more than torch says here what it misses.
+_MISSING: dict[str, Callable[[], str]] = {"cpp": _unbuilt}
+
+_choices: dict[tuple, str] = {}
+_logged: set[tuple[str, str, str]] = set()
+
+
+def backends() -> list[str]:
+    """The words that FINF_BACKEND understands."""
+    return ["auto", *dict.fromkeys(face for row in TABLE.values() for face in row)]
+
+
+def choose(op: str, *inputs: Tensor) -> str:
+    """Name of the face that runs `op` on these floating inputs.
+
+    A choice is made once per (FINF_BACKEND, devices, dtypes) and remembered: afterwards a call costs a look-up.
+
+    Raises:
+        ValueError: FINF_BACKEND is no face's name, or names a face that refuses these inputs.
+    """
+    key = (op, os.environ.get("FINF_BACKEND") or "auto", *[(x.device.type, x.dtype) for x in inputs])
+    face = _choices.get(key)
+    if face is None:
+        face = _choices[key] = _decide(op, key[1], inputs)
+    return face
+
+
+def faces(op: str, *inputs: Tensor) -> list[Verdict]:
+    """Every face of `op` in order of preference; without inputs, whether it can run here at all."""
+    return [_judge(op, face, inputs) for face in _row(op)]
+
+
+def chosen() -> dict[str, str]:
+    """What ran in this process: operation to face, for a run's record; several, in order of first use, by comma."""
+    record: dict[str, list[str]] = {}
+    for (op, *_), face in _choices.items():
+        if face not in record.setdefault(op, []):
+            record[op].append(face)
+    return {op: ",".join(names) for op, names in record.items()}
+
+
+def _row(op: str) -> dict[str, Face]:
+    if op not in TABLE:
+        raise ValueError(f"op: wanted one of {', '.join(TABLE)}, got {op!r}")
+    return TABLE[op]
+
+
+def _decide(op: str, backend: str, inputs: tuple[Tensor, ...]) -> str:
+    if backend not in backends():
+        raise ValueError(f"FINF_BACKEND: wanted one of {', '.join(backends())}, got {backend!r}")
+    verdicts = faces(op, *inputs)
+    if backend != "auto":
+        verdicts = [v for v in verdicts if v.face == backend] or [Verdict(backend, False, "it has no such face")]
+    refused = [v for v in verdicts if not v.available]
+    taken = next((v for v in verdicts if v.available), None)
+    if taken is None:
+        reasons = "; ".join(f"{v.face}: {v.reason}" for v in refused)
+        raise ValueError(f"FINF_BACKEND={backend}: no face of {op} takes these inputs ({reasons})")
+    _tell(op, taken.face, backend, [v for v in refused if verdicts.index(v) < verdicts.index(taken)])
+    return taken.face
+
+
+def _tell(op: str, face: str, backend: str, passed: list[Verdict]) -> None:
+    reason = "; ".join(f"not {v.face}: {v.reason}" for v in passed)
+    reason = reason or ("first choice" if backend == "auto" else f"FINF_BACKEND={backend}")
+    if (op, face, reason) not in _logged:
+        _logged.add((op, face, reason))
+        log.info("%s runs on its %s face (%s)", op, face, reason)
+
+
+def _judge(op: str, face: str, inputs: tuple[Tensor, ...]) -> Verdict:
+    takes = _row(op)[face]
+    reason = _MISSING[face]() if face in _MISSING else ""
+    for x in inputs:
+        reason = reason or _refusal(face, takes, x)
+    return Verdict(face, not reason, reason or _holds(takes))
+
+
+def _refusal(face: str, takes: Face, x: Tensor) -> str:
+    if takes.devices is not None and x.device.type not in takes.devices:
+        return f"{x.device.type}: the {face} face runs on {' and '.join(takes.devices)} only"
+    if x.dtype not in takes.dtypes:
+        return f"{_words((x.dtype,))}: the {face} face takes {_words(takes.dtypes)} only"
+    return ""
+
+
+def _holds(takes: Face) -> str:
+    return f"{' and '.join(takes.devices) if takes.devices else 'any device'}, {_words(takes.dtypes)}"
+
+
+def _words(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,125 @@
+"""Which face runs: the table and its runners agree, every refusal has its reason, nothing falls back in silence."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+
+import pytest
+import torch
+
+from finf_fast import ops, reference
+from finf_fast.ops import dispatch
+
+Z, DZ, TARGET = torch.randn(4, 5), torch.randn(1, 4, 5), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No choice made yet, FINF_BACKEND unset."""
+    monkeypatch.delenv("FINF_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+    return monkeypatch
+
+
+@pytest.fixture
+def unbuilt(fresh):
+    def fail():
+        raise ImportError("no such file")
+
+    fresh.setattr(dispatch, "compiled", fail)
+    return fresh
+
+
+def test_the_compiled_module_is_there():
+    """So that a broken build cannot pass as skipped tests; FINF_BACKEND=reference says that none is wanted."""
+    if os.environ.get("FINF_BACKEND") == "reference":
+        pytest.skip("FINF_BACKEND=reference: no compiled face wanted")
+    dispatch.compiled()
+
+
+@pytest.mark.parametrize("op", dispatch.TABLE)
+def test_table_and_runners_agree(op):
+    runners = importlib.import_module(f"finf_fast.ops.{op}")._FACES
+    assert set(runners) == set(dispatch.TABLE[op])
+    assert op in ops.__all__ and op in reference.__all__
+
+
+@pytest.mark.parametrize("op", dispatch.TABLE)
+def test_reference_takes_whatever_any_face_takes(op):
+    everything = {dtype for face in dispatch.TABLE[op].values() for dtype in face.dtypes}
+    assert everything <= set(dispatch.TABLE[op]["reference"].dtypes)
+    assert dispatch.TABLE[op]["reference"].devices is None
+
+
+def verdict(op, face, *inputs):
+    return next(v for v in dispatch.faces(op, *inputs) if v.face == face)
+
+
+def test_reasons_for_refusal():
+    assert verdict("cross_entropy_delta", "cpp", Z.double(), DZ).reason == (
+        "float64: the cpp face takes float32, bfloat16 only"
+    )
+    assert verdict("segment_sum", "cpp", Z.to("meta")).reason == "meta: the cpp face runs on cpu only"
+    assert verdict("cross_entropy_delta", "reference", Z.double(), DZ).available
+
+
+def test_reason_when_not_built(unbuilt):
+    assert verdict("topk_merge", "cpp") == dispatch.Verdict("cpp", False, "_C not built: no such file")
+
+
+def test_auto_says_why_it_passes_over_a_face(unbuilt, caplog):
+    with caplog.at_level(logging.INFO, "finf_fast"):
+        for _ in range(3):
+            ops.cross_entropy_delta(Z, DZ, TARGET)
+    assert [record.getMessage() for record in caplog.records] == [
+        "cross_entropy_delta runs on its reference face (not cpp: _C not built: no such file)"
+    ]
+
+
+def test_auto_takes_the_compiled_face_and_says_so_once(fresh, caplog):
+    with caplog.at_level(logging.INFO, "finf_fast"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            ops.cross_entropy_delta(Z.to(dtype), DZ, TARGET)
+    wanted = "cpp" if verdict("cross_entropy_delta", "cpp").available else "reference"
+    assert len(caplog.records) == 1 and f"runs on its {wanted} face" in caplog.text
+
+
+def test_record_of_what_ran(fresh):
+    assert ops.chosen() == {}
+    fresh.setenv("FINF_BACKEND", "reference")
+    ops.cross_entropy_delta(Z, DZ, TARGET)
+    assert ops.chosen() == {"cross_entropy_delta": "reference"}
+
+
+def test_forced_face_runs(fresh):
+    ran = []
+    runners = importlib.import_module("finf_fast.ops.segment_sum")._FACES
+    for face, run in list(runners.items()):
+        fresh.setitem(runners, face, lambda *args, face=face, run=run: (ran.append(face), run(*args)))
+    for face in [face for face in runners if verdict("segment_sum", face).available]:
+        fresh.setenv("FINF_BACKEND", face)
+        ops.segment_sum(Z, torch.tensor([0, 5]))
+        assert ran.pop() == face and not ran
+
+
+def test_forced_face_that_cannot_is_an_error(fresh):
+    fresh.setenv("FINF_BACKEND", "cpp")
+    with pytest.raises(ValueError, match=r"FINF_BACKEND=cpp: no face of cross_entropy_delta takes these .*cpp: "):
+        ops.cross_entropy_delta(Z.double(), DZ, TARGET)
+
+
+def test_forced_face_that_is_not_built_is_an_error(unbuilt):
+    unbuilt.setenv("FINF_BACKEND", "cpp")
+    with pytest.raises(ValueError, match=r"cpp: _C not built: no such file"):
+        ops.segment_sum(Z, torch.tensor([0, 5]))
+
+
+def test_unknown_names(fresh):
+    with pytest.raises(ValueError, match=r"op: wanted one of cross_entropy_delta, .* got 'softmax'"):
+        ops.faces("softmax")
+    fresh.setenv("FINF_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"FINF_BACKEND: wanted one of auto, cpp, reference, got 'gpu'"):
+        ops.segment_sum(Z, torch.tensor([0, 5]))
