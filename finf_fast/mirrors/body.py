@@ -1,0 +1,216 @@
+"""The model's stand-in during a mirror step: its structure, weights θ + Δ in leaf tensors of their own, buffers copied.
+
+The user's model is read and never written, so there is nothing to put back after an exception or a Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from finf_fast.loss import Loss
+from finf_fast.mirrors.choose import Filter, choose
+from finf_fast.mirrors.query import Query
+from finf_fast.records import BadSample, NonFiniteLoss
+from finf_fast.skeleton import Skeleton
+
+ONE_ROW = "Expected more than 1 value per channel"  # how torch's batch norm begins its complaint
+
+
+class Body:
+    """Loss and gradients of a query at θ + Δ.
+
+    Args:
+        model: the user's model, never modified.
+        loss: what is stepped.
+        params: which parameters move, as in :func:`finf_fast.mirrors.choose.choose`.
+        train: train mode: batch statistics, dropout, and buffers that move.
+        device: where to compute.
+
+    Attributes:
+        weights: name -> θ of every parameter that moves.
+        dtype: of weights and gradients: the model's own widest, at least float32.
+        own_dtypes: the model's floating-point dtypes, by name.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, params: Filter, train: bool, device: torch.device):
+        names = choose(model, params)
+        own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self.own_dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in own)
+        self.dtype = torch.float32
+        for dtype in own:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.device, self.train, self._loss = device, train, loss
+        self._skeleton = Skeleton(model, self.device, self.dtype, train)
+        self.weights = self._skeleton.base(names)
+        self._buffers = {name: slot.tensor for name, slot in self._skeleton.slots.items() if slot.buffer}
+        self._vocabulary, self._outputs = _vocabulary(model), None
+
+    def begin(self) -> None:
+        """The model as the user gave it: θ, and fresh copies of its buffers."""
+        self._skeleton.module.train(self.train)
+        self._skeleton.put({name: tensor.clone() for name, tensor in self._buffers.items()})
+        self.place({})
+
+    def place(self, changes: Mapping[str, Tensor]) -> None:
+        """Puts θ + Δ in, as leaves; a parameter without a change stands at θ. ``changes`` itself is never rounded."""
+        self._leaves = {
+            name: (weight + changes[name] if name in changes else weight.clone()).detach().requires_grad_()
+            for name, weight in self.weights.items()
+        }
+        self._skeleton.put(self._leaves)
+
+    def loss(self, query: Query) -> Tensor:
+        """Mean of the rows' losses, () with its graph.
+
+        Raises:
+            NonFiniteLoss: a row's loss is NaN or infinite.
+            ValueError: batch norm in train mode saw one value a channel, or a token id is outside its embedding.
+        """
+        with _explained(query.who):
+            losses = self._loss.per_sample(self._skeleton.module, query.batch)
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0, 0])
+            raise NonFiniteLoss(
+                f"{query.who}: wanted a finite loss, got {losses[row].item()} at row {row} "
+                "(NaN also where every target of the row is ignored)"
+            )
+        return losses.mean()
+
+    def gradients(self, loss: Tensor, who: str) -> dict[str, Tensor]:
+        """Name -> dense gradient of ``loss`` at the weights now in place; parameters it does not feel are left out.
+
+        Raises:
+            NonFiniteLoss: a gradient is NaN or infinite.
+            ValueError: the loss depends on none of the parameters.
+        """
+        found: tuple[Tensor | None, ...] = ()
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
+        gradients = {
+            name: g if g.layout is torch.strided else g.to_dense()
+            for name, g in zip(self._leaves, found, strict=False)
+            if g is not None
+        }
+        if not gradients:
+            raise ValueError(f"{who}: the loss depends on none of the {len(self._leaves)} parameters to step")
+        require_finite(gradients, "gradient", who)
+        return gradients
+
+    def loss_after(self, changes: Mapping[str, Tensor], query: Query) -> float:
+        """The loss at θ + Δ, measured without moving buffers."""
+        self.place(changes)
+        with self._unmoved(), torch.no_grad():
+            try:
+                return self.loss(query).item()
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"{error}, after the step; a smaller lr may help") from None
+
+    def moved(self) -> dict[str, Tensor]:
+        """Buffers that train mode changed since :meth:`begin`, with their new values; none in eval mode."""
+        if not self.train:
+            return {}
+        now = self._skeleton.base(self._buffers)
+        return {name: now[name].detach() for name, old in self._buffers.items() if not torch.equal(old, now[name])}
+
+    def check(self, query: Query) -> None:
+        """Labels and token ids against the model's width and vocabulary; the width costs one forward, once a body.
+
+        Raises:
+            ValueError: one is out of range, or the loss cannot read such a batch.
+        """
+        if type(self._loss).check is Loss.check:
+            return
+        self._judge(query)
+        if self._outputs is None:
+            self._outputs = self._width(query)
+            self._judge(query)
+
+    def _judge(self, query: Query) -> None:
+        try:
+            self._loss.check(query.batch, self._outputs, self._vocabulary)
+        except BadSample as error:
+            raise ValueError(f"{query.who}, row {error.row}: {error}") from None
+        except (TypeError, ValueError) as error:  # no target, or not class indices; a loss speaks of the corpus
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{query.who}: {str(error).removeprefix('corpus: ')}") from error
+
+    def _width(self, query: Query) -> int:
+        self.begin()
+        self._skeleton.module.eval()  # batch norm would not take a single row
+        with torch.no_grad(), forked(self.device), _explained(query.who):
+            return self._loss.output(self._skeleton.module, query.batch).shape[-1]
+
+    @contextlib.contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """A forward that is not part of the step: buffers are as before when it is over."""
+        kept = {name: tensor.clone() for name, tensor in self._skeleton.base(self._buffers).items()}
+        try:
+            yield
+        finally:
+            self._skeleton.put(kept)
+
+
+@contextlib.contextmanager
+def stepping(device: torch.device) -> Iterator[None]:
+    """Gradients on, autocast off, and the global random state as it was when all is over."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        forked(device),
+    ):
+        yield
+
+
+def forked(device: torch.device) -> contextlib.AbstractContextManager:
+    """Random draws inside do not move the global state of the CPU and of ``device``."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([_index(device)], device_type=device.type)
+
+
+def seed_all(device: torch.device, seed: int) -> None:
+    """Starts the global state of the CPU and of ``device`` from ``seed``, and of no other device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        backend = torch.get_device_module(device)
+        with backend.device(_index(device)):
+            backend.manual_seed(seed)
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.get_device_module(device).current_device()
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str, who: str) -> None:
+    """Raises :class:`NonFiniteLoss` at the first tensor holding NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteLoss(f"{who}: wanted a finite {what}, got NaN or infinity in that of {name!r}")
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Token ids the input embedding knows, where the model says which embedding that is (Hugging Face)."""
+    find = getattr(model, "get_input_embeddings", None)
+    return getattr(find() if callable(find) else None, "num_embeddings", None)
+
+
+@contextlib.contextmanager
+def _explained(who: str) -> Iterator[None]:
+    """torch's errors that a change of the arguments cures, said in their terms."""
+    try:
+        yield
+    except IndexError as error:
+        raise ValueError(f"{who}: wanted token ids inside the model's embedding; its forward says: {error}") from error
+    except ValueError as error:
+        if ONE_ROW not in str(error):
+            raise
+        raise ValueError(
+            f"{who}: batch norm in train mode wants more than one value a channel; use method='released', "
+            f"which doubles the sample, or mode='eval' ({error})"
+        ) from error
