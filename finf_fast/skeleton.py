@@ -72,6 +72,9 @@ def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> 
         moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
     for module in model.modules():
+        if getattr(module, "max_norm", None) is not None:  # an embedding that rescales its weight in place as it reads
+            weight = memo[id(module.weight)]
+            memo[id(module.weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
         for parameter in module.parameters(recurse=False):
             if parameter.grad is not None:  # a left-over gradient is not needed, and as large as the weight
                 memo[id(parameter.grad)] = None

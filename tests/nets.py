@@ -83,7 +83,7 @@ def plain_losses(model: nn.Module, update: Update | None, loss: Loss, batch) -> 
             other.get_parameter(name).add_(change)
         for name, value in (update.buffers if update else {}).items():
             other.get_buffer(name).copy_(value)
-        return loss.per_sample(other, batch)
+        return loss.per_sample(other, copy.deepcopy(batch))  # a model may write into its input
 
 
 def plain_scores(model: nn.Module, updates, loss: Loss, batches) -> tuple[torch.Tensor, torch.Tensor]:

@@ -146,6 +146,15 @@ def test_the_user_s_model_is_not_touched():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_an_embedding_that_rescales_itself_rescales_a_copy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 5, max_norm=0.5), nn.Linear(5, 9))
+    before = model[0].weight.detach().clone()
+    engine = PairEngine(model, [Update({"1.bias": torch.ones(9)})], resolve("causal_lm"), CPU, torch.float32)
+    engine.score(torch.arange(9)[None])
+    assert torch.equal(model[0].weight, before) and before.norm(dim=1).max() > 0.5
+
+
 def test_the_weights_are_shared_not_copied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     body = Skeleton(model, CPU)

@@ -94,6 +94,17 @@ def test_the_model_is_left_as_it_was_whatever_happens():
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+def test_a_model_that_writes_into_its_input(dtype, bound):
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(12, 5)).double(), mlp()[1]
+    before, updates = x.clone(), ups(model, (x, y))
+    scores = ff.sweep(model, updates, (x, y), dtype=dtype, batch_size=16)
+    assert torch.equal(x, before)  # the corpus shares the user's memory
+    check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [(x.clone(), y)]), bound)
+    assert torch.equal(x, before)
+
+
 def test_shards_join_to_the_whole(tmp_path):
     model, data = mlp(50)
     updates = ups(model, data)

@@ -17,6 +17,7 @@ from finf_fast.ops.border import (
     result_dtype,
     rows,
 )
+from finf_fast.ops.register import register
 
 __all__ = ["cross_entropy_delta", "cross_entropy_delta_out"]
 
@@ -82,36 +83,12 @@ def cross_entropy_delta_out(
     _cross_entropy_delta_out(z, dz, target, base, delta, ignore_index, label_smoothing)
 
 
-@torch.library.custom_op(
-    "finf_fast::cross_entropy_delta",
-    mutates_args=(),
-    schema="(Tensor z, Tensor dz, Tensor target, int ignore_index, float label_smoothing) -> (Tensor, Tensor)",
-)
-def _cross_entropy_delta(z, dz, target, ignore_index, label_smoothing):
-    base, delta = _allocate(z, dz, target, ignore_index, label_smoothing)
-    _run(z, dz, target, base, delta, ignore_index, label_smoothing)
-    return base, delta
-
-
-@torch.library.custom_op(
-    "finf_fast::cross_entropy_delta_out",
-    mutates_args=("base", "delta"),
-    schema="(Tensor z, Tensor dz, Tensor target, Tensor(a!) base, Tensor(b!) delta, int ignore_index, "
-    "float label_smoothing) -> ()",
-)
-def _cross_entropy_delta_out(z, dz, target, base, delta, ignore_index, label_smoothing):
-    _check_out(z, dz, target, base, delta, ignore_index, label_smoothing)
-    _run(z, dz, target, base, delta, ignore_index, label_smoothing)
-
-
-@_cross_entropy_delta.register_fake
 def _allocate(z, dz, target, ignore_index, label_smoothing):
     _check(z, dz, target, label_smoothing)
     dtype = result_dtype(z, dz)
     return z.new_empty(z.shape[0], dtype=dtype), z.new_empty(dz.shape[:2], dtype=dtype)
 
 
-@_cross_entropy_delta_out.register_fake
 def _check_out(z, dz, target, base, delta, ignore_index, label_smoothing):
     _check(z, dz, target, label_smoothing)
     check_shape("base", base, "N", z.shape[0])
@@ -161,3 +138,25 @@ def _run_cpp(z, dz, target, base, delta, ignore_index, label_smoothing):
 
 
 _FACES = {"cpp": _run_cpp, "reference": _run_reference}
+
+
+@register(
+    "cross_entropy_delta",
+    "(Tensor z, Tensor dz, Tensor target, int ignore_index, float label_smoothing) -> (Tensor, Tensor)",
+    _allocate,
+)
+def _cross_entropy_delta(z, dz, target, ignore_index, label_smoothing):
+    base, delta = _allocate(z, dz, target, ignore_index, label_smoothing)
+    _run(z, dz, target, base, delta, ignore_index, label_smoothing)
+    return base, delta
+
+
+@register(
+    "cross_entropy_delta_out",
+    "(Tensor z, Tensor dz, Tensor target, Tensor(a!) base, Tensor(b!) delta, int ignore_index, "
+    "float label_smoothing) -> ()",
+    _check_out,
+)
+def _cross_entropy_delta_out(z, dz, target, base, delta, ignore_index, label_smoothing):
+    _check_out(z, dz, target, base, delta, ignore_index, label_smoothing)
+    _run(z, dz, target, base, delta, ignore_index, label_smoothing)

@@ -17,6 +17,7 @@ from finf_fast.ops.border import (
     result_dtype,
     rows,
 )
+from finf_fast.ops.register import register
 
 __all__ = ["segment_sum", "segment_sum_out"]
 
@@ -49,30 +50,11 @@ def segment_sum_out(values: Tensor, offsets: Tensor, out: Tensor) -> None:
     _segment_sum_out(values, offsets, out)
 
 
-@torch.library.custom_op("finf_fast::segment_sum", mutates_args=(), schema="(Tensor values, Tensor offsets) -> Tensor")
-def _segment_sum(values, offsets):
-    out = _allocate(values, offsets)
-    _run(values, offsets, out)
-    return out
-
-
-@torch.library.custom_op(
-    "finf_fast::segment_sum_out",
-    mutates_args=("out",),
-    schema="(Tensor values, Tensor offsets, Tensor(a!) out) -> ()",
-)
-def _segment_sum_out(values, offsets, out):
-    _check_out(values, offsets, out)
-    _run(values, offsets, out)
-
-
-@_segment_sum.register_fake
 def _allocate(values, offsets):
     _check(values, offsets)
     return values.new_empty((values.shape[0], offsets.shape[0] - 1), dtype=result_dtype(values))
 
 
-@_segment_sum_out.register_fake
 def _check_out(values, offsets, out):
     _check(values, offsets)
     check_shape("out", out, "Q,S", values.shape[0], offsets.shape[0] - 1)
@@ -110,3 +92,16 @@ def _run_cpp(values, offsets, out):
 
 
 _FACES = {"cpp": _run_cpp, "reference": _run_reference}
+
+
+@register("segment_sum", "(Tensor values, Tensor offsets) -> Tensor", _allocate)
+def _segment_sum(values, offsets):
+    out = _allocate(values, offsets)
+    _run(values, offsets, out)
+    return out
+
+
+@register("segment_sum_out", "(Tensor values, Tensor offsets, Tensor(a!) out) -> ()", _check_out)
+def _segment_sum_out(values, offsets, out):
+    _check_out(values, offsets, out)
+    _run(values, offsets, out)

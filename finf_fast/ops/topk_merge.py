@@ -8,6 +8,7 @@ from torch import Tensor
 from finf_fast import reference
 from finf_fast.ops import dispatch
 from finf_fast.ops.border import CODES, check_dtype, check_same_device, check_shape, rows
+from finf_fast.ops.register import register
 
 __all__ = ["topk_merge", "topk_merge_"]
 
@@ -42,35 +43,11 @@ def topk_merge_(values: Tensor, indices: Tensor, scores: Tensor, start: int) -> 
     _topk_merge_(values, indices, scores, start)
 
 
-@torch.library.custom_op(
-    "finf_fast::topk_merge",
-    mutates_args=(),
-    schema="(Tensor values, Tensor indices, Tensor scores, int start) -> (Tensor, Tensor)",
-)
-def _topk_merge(values, indices, scores, start):
-    _check(values, indices, scores, start)
-    values, indices = _copy(values), _copy(indices)
-    _run(values, indices, scores, start)
-    return values, indices
-
-
-@torch.library.custom_op(
-    "finf_fast::topk_merge_",
-    mutates_args=("values", "indices"),
-    schema="(Tensor(a!) values, Tensor(b!) indices, Tensor scores, int start) -> ()",
-)
-def _topk_merge_(values, indices, scores, start):
-    _check_in_place(values, indices, scores, start)
-    _run(values, indices, scores, start)
-
-
-@_topk_merge.register_fake
 def _allocate(values, indices, scores, start):
     _check(values, indices, scores, start)
     return values.new_empty(values.shape), indices.new_empty(indices.shape)
 
 
-@_topk_merge_.register_fake
 def _check_in_place(values, indices, scores, start):
     _check(values, indices, scores, start)
     for name, x in (("values", values), ("indices", indices)):
@@ -114,3 +91,17 @@ def _run_cpp(values, indices, scores, start):
 
 
 _FACES = {"cpp": _run_cpp, "reference": _run_reference}
+
+
+@register("topk_merge", "(Tensor values, Tensor indices, Tensor scores, int start) -> (Tensor, Tensor)", _allocate)
+def _topk_merge(values, indices, scores, start):
+    _check(values, indices, scores, start)
+    values, indices = _copy(values), _copy(indices)
+    _run(values, indices, scores, start)
+    return values, indices
+
+
+@register("topk_merge_", "(Tensor(a!) values, Tensor(b!) indices, Tensor scores, int start) -> ()", _check_in_place)
+def _topk_merge_(values, indices, scores, start):
+    _check_in_place(values, indices, scores, start)
+    _run(values, indices, scores, start)

@@ -7,7 +7,7 @@ Per batch: a forward with the weights as they are, a forward with each query's w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class PairEngine:
         self._images = any(isinstance(m, nn.Conv2d) for m in model.modules())
         self._folds = fold.find(self._body) if fold_batch_norm else []
         self._weights = WeightSets(self._body, updates, self._folds, keep)
+        self._writes_input = False
         self._onednn = device.type == "cpu" and dtype is torch.float32 and linear.available()
 
     def record(self) -> dict[str, Any]:
@@ -71,9 +72,16 @@ class PairEngine:
         }
 
     def output(self, batch: Any) -> Tensor:
-        """Output of the model as it is, (B, ...): what planning measures."""
+        """Output of the model as it is, (B, ...): what planning measures.
+
+        A model that writes into its input is found out here; it is given a copy for every forward from then on.
+        """
+        batch = _mapped(torch.clone, batch)
+        before = _versions(batch)
         with torch.inference_mode(), self._products():
-            return self._forward(self._weights.base, self._cast(batch))
+            value = self._forward(self._weights.base, self._cast(batch))
+        self._writes_input = self._writes_input or _versions(batch) != before
+        return value
 
     def score(self, batch: Any) -> Result:
         """Base and delta of every sample of a batch that lies on the engine's device."""
@@ -99,21 +107,37 @@ class PairEngine:
 
     def _forward(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         self._body.put(weights)
-        return self.loss.output(self._body.module, batch)
+        return self.loss.output(self._body.module, _mapped(torch.clone, batch) if self._writes_input else batch)
 
     def _products(self) -> contextlib.AbstractContextManager:
         return linear.OneDnnLinear() if self._onednn else contextlib.nullcontext()
 
     def _cast(self, batch: Any) -> Any:
         """Floating inputs in the engine's dtype, images channels-last where there are convolutions."""
-        if isinstance(batch, Mapping):
-            return {k: self._cast(v) for k, v in batch.items()}
-        if isinstance(batch, (tuple, list)):
-            return tuple(self._cast(v) for v in batch)
-        if isinstance(batch, Tensor) and batch.is_floating_point():
-            image = self._images and batch.dim() == 4
-            return batch.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
-        return batch
+
+        def cast(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            image = self._images and tensor.dim() == 4
+            return tensor.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
+
+        return _mapped(cast, batch)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """``function`` of every tensor of a batch."""
+    if isinstance(batch, Mapping):
+        return {k: _mapped(function, v) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_mapped(function, v) for v in batch)
+    return function(batch) if isinstance(batch, Tensor) else batch
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch has been written into."""
+    found: list[int] = []
+    _mapped(lambda tensor: found.append(tensor._version) or tensor, batch)
+    return found
 
 
 def _may_be_infinite(value: Tensor) -> bool:
