@@ -20,7 +20,10 @@ from finf_fast.records import Plan
 SHARE = (
     4  # a quarter of the free memory: the rest belongs to the user's process, the page cache and what the bound misses
 )
-CPU_BYTES = 256 << 20  # beyond it a forward on a CPU only leaves the caches behind (bench/bench_sweep.py --batch)
+CPU_BYTES = 256 << 20  # beyond it a forward on a CPU only leaves the caches behind
+# What a sample's own bytes cost: three blocks are under way (two staged, one at work), each through a few temporaries when
+# decoded. With it a 3072-input net takes 1024 images a forward; 4096 ran at a third of that speed (page faults).
+INPUT_COPIES = 16
 MOST = 4096  # samples in a forward; small models gain nothing beyond, and a block is what an interruption can lose
 
 
@@ -29,7 +32,8 @@ class Probe:
     """What one sample through the model showed.
 
     Attributes:
-        bytes: of all tensors that one forward makes for one sample, the outputs' change included: an upper bound of its need.
+        bytes: of all tensors that one forward makes for one sample, the output's change and the staged input included: an
+            upper bound of its need.
         outputs: width V of the output (its last dimension).
         tokens: rows of output a sample has, the L of (B, L, V); 1 for (B, V).
     """
@@ -45,7 +49,8 @@ def probe(output: Callable[[Any], Tensor], sample: Any) -> Probe:
     with watch:
         value = output(_harmless(sample))
     tokens = value[0, ..., 0].numel() if value.dim() > 1 else 1
-    return Probe(watch.bytes + 2 * value.nbytes, value.shape[-1] if value.dim() > 1 else 1, tokens)
+    held = watch.bytes + 2 * value.nbytes + INPUT_COPIES * _bytes(sample)
+    return Probe(held, value.shape[-1] if value.dim() > 1 else 1, tokens)
 
 
 def make_plan(found: Probe, start: int, stop: int, device: torch.device, batch_size: int | None) -> Plan:
@@ -120,6 +125,14 @@ class _Watch(TorchDispatchMode):
             if isinstance(value, Tensor) and spec.alias_info is None:
                 self.bytes += value.nbytes
         return out
+
+
+def _bytes(batch: Any) -> int:
+    if isinstance(batch, Mapping):
+        return sum(map(_bytes, batch.values()))
+    if isinstance(batch, (tuple, list)):
+        return sum(map(_bytes, batch))
+    return batch.nbytes if isinstance(batch, Tensor) else 0
 
 
 def _harmless(sample: Any) -> Any:

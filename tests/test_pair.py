@@ -73,6 +73,23 @@ def test_hugging_face_gpt2_with_padding(dtype, bound):
     assert model.config.use_cache is True  # switched off in the engine's body only
 
 
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+def test_hugging_face_bert_and_t5(dtype, bound):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**small)).double()
+    ids = torch.randint(0, 40, (3, 8))
+    labels = torch.where(torch.rand(3, 8) < 0.4, ids, -100)
+    labels[:, 0] = ids[:, 0]
+    check(bert, updates_of(bert), resolve("masked_lm"), {"input_ids": ids, "labels": labels}, dtype, bound)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).double()
+    labels = torch.randint(1, 40, (3, 5))
+    labels[1, 3:] = -100
+    check(t5, updates_of(t5), resolve("seq2seq"), {"input_ids": ids, "labels": labels}, dtype, bound)
+
+
 def test_folding_takes_the_norms_it_can_prove_and_no_other():
     model, _ = conv_net()
     pairs = fold.find(Skeleton(model, CPU))
