@@ -72,10 +72,12 @@ def test_the_released_way_is_scored_by_its_absolute_change(leaked):
 
 def test_how_far_leaked_and_controls_stand_apart():
     class Made:
-        # The leaked query leads by 4 : 1 over spreads of sqrt(8), the control's two best are equal.
-        delta = influence = np.array([[4.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+        # Over spreads of √8, 1, 1 and 0 (left out) the leaked query leads by 0.41, the control by nothing.
+        delta = influence = np.array([[4.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]])
 
     assert digits.apart(Made, 1) == 1.0
+    Made.delta = Made.influence = Made.influence[::-1]
+    assert digits.apart(Made, 1) == 0.0
 
 
 def test_planted_windows_are_where_they_are_said_to_be():

@@ -313,3 +313,17 @@ def test_build_info_names_compiler_and_version():
     info = _C.build_info()
     assert set(info) == {"compiler", "version", "cuda"}
     assert info["cuda"] is False
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("watch", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(tmp_path, watch):
+    sources = [ROOT / "tests" / "sanitized.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
+    flags = ["-O1", "-g", "-std=c++17", "-pthread", f"-fsanitize={watch}", "-fno-sanitize-recover=all"]
+    program = tmp_path / "sanitized"
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
+    for isa in ISAS:
+        done = subprocess.run([str(program)], env={**os.environ, "FINF_FORCE_ISA": isa}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.strip() == isa

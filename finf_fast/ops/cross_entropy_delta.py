@@ -33,7 +33,7 @@ def cross_entropy_delta(
         delta[q] = F.cross_entropy(z + dz[q], target, reduction="none", ...) - base
 
     computed so that the difference keeps its digits whatever the size of the change and however small the loss
-    (design.md, section 2)::
+    (formulas: csrc/numerics.h)::
 
         D     = (1 - eps) d_t + eps mean(d)               the target's own change, d = dz[q, n], eps = label_smoothing
         s     = sum_v e^(z_v - m),   u = sum_v e^(z_v - m) expm1(d_v - D)

@@ -1,0 +1,63 @@
+"""How things are timed here: several ways of the same work, in turn, so that a busy moment hits all of them alike."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["interleaved", "median_ms", "peak_mib", "ratio"]
+
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one that is not counted (first touch of memory, threads starting)."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for counted in [False] + [True] * rounds:
+        for name, work in ways.items():
+            since = time.perf_counter()
+            work()
+            if counted:
+                seconds[name].append(time.perf_counter() - since)
+    return seconds
+
+
+def median_ms(seconds: list[float]) -> float:
+    return statistics.median(seconds) * 1e3
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Median of the ratios round by round: what both rounds suffered alike cancels."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_mib(work: Callable[[], object]) -> float:
+    """MiB that `work` holds at its highest over what the process held before.
+
+    On Linux the kernel's high-water mark is set back first; elsewhere only growth past the highest mark so far is seen.
+    """
+    if not CLEAR_REFS.exists():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        work()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    _give_back_freed()
+    CLEAR_REFS.write_text("5")  # 5: reset the peak resident size, nothing else (proc(5))
+    before = _status_kib("VmRSS")
+    work()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _give_back_freed() -> None:
+    """Asks glibc to return freed memory, which would hide as much of what `work` takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def _status_kib(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1])

@@ -1,0 +1,79 @@
+// The border with Python, and the only file that knows pybind11: addresses come in as whole numbers, and the
+// interpreter's lock is let go while a loop runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "check.h"
+#include "cpu/cross_entropy_delta.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/segment_sum.h"
+#include "cpu/topk_merge.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+template <class T>
+T* memory(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void cross_entropy_delta(uintptr_t z, int z_dtype, int64_t z_stride, uintptr_t dz, int dz_dtype, int64_t dz_stride_q,
+                         int64_t dz_stride_n, uintptr_t target, uintptr_t base, uintptr_t delta, int64_t delta_stride_q,
+                         int64_t N, int64_t V, int64_t Q, int64_t ignore_index, double label_smoothing,
+                         int64_t threads) {
+    finf::cross_entropy_delta({memory<void>(z), finf::require_float_or_bf16("z_dtype", z_dtype), z_stride,
+                               memory<void>(dz), finf::require_float_or_bf16("dz_dtype", dz_dtype), dz_stride_q,
+                               dz_stride_n, memory<int64_t>(target), memory<float>(base), memory<float>(delta),
+                               delta_stride_q, N, V, Q, ignore_index, label_smoothing, threads});
+}
+
+void segment_sum(uintptr_t values, int values_dtype, int64_t values_stride_q, uintptr_t offsets, uintptr_t out,
+                 int64_t out_stride_q, int64_t Q, int64_t N, int64_t S, int64_t threads) {
+    finf::segment_sum({memory<void>(values), finf::require_float_or_double("values_dtype", values_dtype),
+                       values_stride_q, memory<int64_t>(offsets), memory<void>(out), out_stride_q, Q, N, S, threads});
+}
+
+void topk_merge(uintptr_t values, uintptr_t indices, uintptr_t scores, int scores_dtype, int64_t scores_stride_q,
+                int64_t start, int64_t Q, int64_t K, int64_t S, int64_t threads) {
+    finf::topk_merge({memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
+                      finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K, S,
+                      threads});
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const finf::Kernels* found : finf::available_kernels()) names.emplace_back(found->name);
+    return names;
+}
+
+py::dict build_info() {
+#if defined(__clang__)
+    const char* compiler = "clang " __clang_version__;
+#else
+    const char* compiler = "gcc " __VERSION__;
+#endif
+    return py::dict("compiler"_a = compiler, "version"_a = FINF_VERSION, "cuda"_a = false);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Compiled loops of finf_fast. Addresses of first elements; sizes and strides in elements.";
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+
+    module.def("cross_entropy_delta", cross_entropy_delta, unlocked, "z"_a, "z_dtype"_a, "z_stride"_a, "dz"_a,
+               "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a, "delta_stride_q"_a,
+               "N"_a, "V"_a, "Q"_a, "ignore_index"_a, "label_smoothing"_a, "threads"_a,
+               "z (N,V), dz (Q,N,V), target (N) int64 -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
+    module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
+               "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
+               "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");
+    module.def("topk_merge", topk_merge, unlocked, "values"_a, "indices"_a, "scores"_a, "scores_dtype"_a,
+               "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a, "threads"_a,
+               "values, indices (Q,K) updated in place with scores (Q,S). dtype: 0 float32, 2 float64.");
+    module.def("isa", [] { return finf::kernels().name; }, "The instruction set in use.");
+    module.def("isas", isas, "The instruction sets this processor can run, best first.");
+    module.def("build_info", build_info, "Compiler, version, and whether CUDA sources were built.");
+}

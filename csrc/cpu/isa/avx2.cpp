@@ -1,0 +1,91 @@
+// AVX2 and FMA: eight lanes.
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+
+#include <immintrin.h>
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+// Headers stay above: an inline function compiled below could be the copy the linker keeps for older processors too.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace {
+
+using finf::Bf16;
+using finf::Change;
+using finf::Row;
+using finf::ScaledSum;
+
+#define FINF_INLINE static inline __attribute__((always_inline))
+
+struct Vec {
+    static constexpr int W = 8;
+    __m256 v;
+    Vec() = default;
+    Vec(__m256 lanes) : v(lanes) {}
+    Vec(float x) : v(_mm256_set1_ps(x)) {}
+};
+
+FINF_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+FINF_INLINE Vec load(const Bf16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+FINF_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+
+FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+FINF_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
+FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+
+// p 2^n for a whole n < 128, zero below the normal numbers; NaN stays: the comparison is "not less than".
+FINF_INLINE Vec scale(Vec p, Vec n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+    const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+    const __m256 kept = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return _mm256_and_ps(_mm256_mul_ps(p.v, power), kept);
+}
+
+FINF_INLINE float sum(Vec a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+FINF_INLINE float top(Vec a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <class T>
+FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
+    T lanes[Vec::W];
+    for (int lane = 0; lane < Vec::W; ++lane) lanes[lane] = lane < count ? p[lane] : fill;
+    return load(lanes);
+}
+
+#include "../tiles/cross_entropy_delta.inl.h"
+
+}  // namespace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace finf {
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA};
+}
+
+#endif

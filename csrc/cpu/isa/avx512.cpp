@@ -1,0 +1,75 @@
+// AVX-512 (F, BW, VL): sixteen lanes, masked loads, and an instruction for p 2^n.
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+
+#include <immintrin.h>
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+// Headers stay above: an inline function compiled below could be the copy the linker keeps for older processors too.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header (GCC bug 105593)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl")
+#endif
+
+namespace {
+
+using finf::Bf16;
+using finf::Change;
+using finf::Row;
+using finf::ScaledSum;
+
+#define FINF_INLINE static inline __attribute__((always_inline))
+
+struct Vec {
+    static constexpr int W = 16;
+    __m512 v;
+    Vec() = default;
+    Vec(__m512 lanes) : v(lanes) {}
+    Vec(float x) : v(_mm512_set1_ps(x)) {}
+};
+
+FINF_INLINE Vec widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+FINF_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+FINF_INLINE Vec load(const Bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+FINF_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+
+FINF_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
+FINF_INLINE Vec load_first(const float* p, int64_t count, float fill) {
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), p);
+}
+FINF_INLINE Vec load_first(const Bf16* p, int64_t count, Bf16 fill) {
+    return widen(_mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(fill.bits)), first(count), p));
+}
+
+FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+FINF_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+FINF_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
+FINF_INLINE Vec scale(Vec p, Vec n) { return _mm512_scalef_ps(p.v, n.v); }
+FINF_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+#include "../tiles/cross_entropy_delta.inl.h"
+
+}  // namespace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace finf {
+const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA};
+}
+
+#endif

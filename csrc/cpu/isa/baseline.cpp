@@ -1,0 +1,74 @@
+// Any processor: four lanes in the compiler's own vector type, which becomes SSE2, NEON or what there is.
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+using finf::Bf16;
+using finf::Change;
+using finf::Row;
+using finf::ScaledSum;
+
+#define FINF_INLINE static inline __attribute__((always_inline))
+
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+typedef uint32_t U4 __attribute__((vector_size(16)));
+
+struct Vec {
+    static constexpr int W = 4;
+    F4 v;
+    Vec() = default;
+    Vec(F4 lanes) : v(lanes) {}
+    Vec(float x) : v{x, x, x, x} {}
+};
+
+FINF_INLINE Vec load(const float* p) {
+    F4 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+FINF_INLINE Vec load(const Bf16* p) {
+    U4 bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+    return (F4)(bits << 16);
+}
+FINF_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
+
+FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+FINF_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+FINF_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
+
+// p 2^n for a whole n < 128, zero below the normal numbers; NaN stays, since a comparison with it is false.
+FINF_INLINE Vec scale(Vec p, Vec n) {
+    const U4 exponent = (U4)(__builtin_convertvector(n.v, I4) + 127) << 23;
+    return (F4)((I4)(p.v * (F4)exponent) & ~(n.v < -126.0f));
+}
+
+FINF_INLINE float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+FINF_INLINE float top(Vec a) {
+    float best = a.v[0];
+    for (int lane = 1; lane < Vec::W; ++lane) best = a.v[lane] > best ? a.v[lane] : best;
+    return best;
+}
+
+template <class T>
+FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
+    T lanes[Vec::W];
+    for (int lane = 0; lane < Vec::W; ++lane) lanes[lane] = lane < count ? p[lane] : fill;
+    return load(lanes);
+}
+
+#include "../tiles/cross_entropy_delta.inl.h"
+
+}  // namespace
+
+namespace finf {
+const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA};
+}

@@ -1,0 +1,37 @@
+// A sum with one fixed order, whatever the instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa/kernels.h"
+
+namespace finf {
+
+inline double to_double(double x) { return x; }
+inline double to_double(float x) { return x; }
+inline double to_double(Bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Eight running sums, value i into sum i mod 8, joined by a fixed tree, then what is left of eight one by one: the
+// compiler may use any vectors it likes without changing a bit, so one loop serves every processor.
+template <class T>
+double ordered_sum(const T* x, int64_t count) {
+    constexpr int LANES = 8;
+    double total = 0;
+    int64_t i = 0;
+    if (count >= LANES) {
+        double lane[LANES] = {};
+        for (; i + LANES <= count; i += LANES)
+            for (int k = 0; k < LANES; ++k) lane[k] += to_double(x[i + k]);
+        total = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    }
+    for (; i < count; ++i) total += to_double(x[i]);
+    return total;
+}
+
+}  // namespace finf

@@ -1,0 +1,99 @@
+#include "parallel.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+namespace finf {
+namespace {
+
+struct Job {
+    Job(const std::function<void(int64_t)>& body, int64_t tasks) : body(body), tasks(tasks) {}
+
+    const std::function<void(int64_t)>& body;
+    const int64_t tasks;
+    std::atomic<int64_t> next{0};
+    std::mutex failing;
+    std::exception_ptr failure;
+
+    void drain() {
+        try {
+            for (int64_t task = next++; task < tasks; task = next++) body(task);
+        } catch (...) {
+            next = tasks;
+            std::lock_guard<std::mutex> lock(failing);
+            if (!failure) failure = std::current_exception();
+        }
+    }
+};
+
+class Pool {
+  public:
+    const pid_t process = getpid();
+
+    void run(Job& job, int64_t helpers) {
+        std::lock_guard<std::mutex> one_job_at_a_time(entry_);
+        for (; workers_ < helpers; ++workers_) std::thread(&Pool::work, this).detach();
+        {
+            std::lock_guard<std::mutex> lock(state_);
+            job_ = &job;
+            seats_ = helpers;
+        }
+        wake_.notify_all();
+        job.drain();
+        std::unique_lock<std::mutex> lock(state_);
+        seats_ = 0;
+        idle_.wait(lock, [this] { return busy_ == 0; });
+    }
+
+  private:
+    void work() {
+        std::unique_lock<std::mutex> lock(state_);
+        for (;;) {
+            wake_.wait(lock, [this] { return seats_ > 0; });
+            --seats_;
+            ++busy_;
+            Job* job = job_;
+            lock.unlock();
+            job->drain();
+            lock.lock();
+            if (--busy_ == 0) idle_.notify_one();
+        }
+    }
+
+    std::mutex entry_, state_;
+    std::condition_variable wake_, idle_;
+    Job* job_ = nullptr;
+    int64_t seats_ = 0, busy_ = 0, workers_ = 0;
+};
+
+// Threads do not survive a fork and a mutex may be forked while held, so a child leaves its parent's pool untouched
+// and makes its own. Pools are never destroyed: their threads may be waiting when the process ends.
+Pool& pool() {
+    static std::atomic<Pool*> current{nullptr};
+    Pool* seen = current.load();
+    if (seen && seen->process == getpid()) return *seen;
+    Pool* fresh = new Pool;
+    if (current.compare_exchange_strong(seen, fresh)) return *fresh;
+    delete fresh;
+    return *current.load();
+}
+
+}  // namespace
+
+void parallel_for(int64_t tasks, int64_t threads, const std::function<void(int64_t)>& body) {
+    const int64_t helpers = (threads < tasks ? threads : tasks) - 1;
+    Job job(body, tasks);
+    if (helpers > 0) {
+        pool().run(job, helpers);
+    } else {
+        job.drain();
+    }
+    if (job.failure) std::rethrow_exception(job.failure);
+}
+
+}  // namespace finf

@@ -1,0 +1,126 @@
+#include "topk_merge.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+
+namespace finf {
+namespace {
+
+// Scores looked at together: if none reaches the worst kept one, the whole stretch is passed over.
+constexpr int64_t GLANCE = 64;
+// Candidates gathered before they are sorted in; at least K, so that sorting stays cheap beside looking.
+constexpr int64_t LEAST_GATHERED = 256;
+
+template <class T>
+struct Entry {
+    T value;
+    int64_t index;
+
+    // An empty place has index -1, the largest unsigned one, and so comes after a real score of -inf.
+    bool operator<(const Entry& other) const {
+        if (value != other.value) return value > other.value;
+        return static_cast<uint64_t>(index) < static_cast<uint64_t>(other.index);
+    }
+};
+
+template <class T>
+class Running {
+  public:
+    Running(const TopKMerge& op, int64_t q)
+        : values_(static_cast<T*>(op.values) + q * op.K), indices_(op.indices + q * op.K), kept_(op.K) {
+        for (int64_t k = 0; k < op.K; ++k) kept_[k] = {values_[k], indices_[k]};
+        room_ = static_cast<size_t>(std::max(op.K, LEAST_GATHERED));
+    }
+
+    bool is_sorted() const {
+        const bool no_nan = std::none_of(kept_.begin(), kept_.end(), [](const auto& e) { return e.value != e.value; });
+        return no_nan && std::is_sorted(kept_.begin(), kept_.end());
+    }
+
+    void add(const T* scores, int64_t S, int64_t start) {
+        for (int64_t s = 0; s < S; s += GLANCE) {
+            const int64_t count = std::min(GLANCE, S - s);
+            if (any_reaches_worst(scores + s, count)) gather(scores + s, count, start + s);
+        }
+        merge();
+    }
+
+    void store() const {
+        for (size_t k = 0; k < kept_.size(); ++k) {
+            values_[k] = kept_[k].value;
+            indices_[k] = kept_[k].index;
+        }
+    }
+
+  private:
+    bool any_reaches_worst(const T* scores, int64_t count) const {
+        const T worst = kept_.back().value;
+        int reached = 0;
+        for (int64_t s = 0; s < count; ++s) reached |= scores[s] >= worst;
+        return reached;
+    }
+
+    void gather(const T* scores, int64_t count, int64_t index) {
+        for (int64_t s = 0; s < count; ++s) {
+            const Entry<T> entry = {scores[s], index + s};
+            const bool is_nan = entry.value != entry.value;
+            if (!is_nan && entry < kept_.back()) found_.push_back(entry);
+        }
+        if (found_.size() >= room_) merge();
+    }
+
+    void merge() {
+        std::sort(found_.begin(), found_.end());
+        std::vector<Entry<T>> both(kept_.size() + found_.size());
+        std::merge(kept_.begin(), kept_.end(), found_.begin(), found_.end(), both.begin());
+        std::copy_n(both.begin(), kept_.size(), kept_.begin());
+        found_.clear();
+    }
+
+    T* values_;
+    int64_t* indices_;
+    std::vector<Entry<T>> kept_, found_;
+    size_t room_ = 0;
+};
+
+template <class T>
+void merge_all(const TopKMerge& op) {
+    for (int64_t q = 0; q < op.Q; ++q) {
+        require(Running<T>(op, q).is_sorted(), "values", "each row sorted, best first, without NaN",
+                "row " + std::to_string(q) + " out of order");
+    }
+    parallel_for(op.Q, op.threads, [&](int64_t q) {
+        Running<T> running(op, q);
+        running.add(static_cast<const T*>(op.scores) + q * op.scores_stride_q, op.S, op.start);
+        running.store();
+    });
+}
+
+void check(const TopKMerge& op) {
+    require_size("Q", op.Q);
+    require_size("K", op.K);
+    require_size("S", op.S);
+    require_size("start", op.start);
+    require_size("scores_stride_q", op.scores_stride_q);
+    require_size("threads", op.threads, 1);
+    const bool any = op.Q > 0 && op.K > 0;
+    require_memory("values", op.values, any);
+    require_memory("indices", op.indices, any);
+    require_memory("scores", op.scores, any && op.S > 0);
+}
+
+}  // namespace
+
+void topk_merge(const TopKMerge& op) {
+    check(op);
+    if (op.K == 0 || op.Q == 0) return;
+    if (op.dtype == DType::f64) {
+        merge_all<double>(op);
+    } else {
+        merge_all<float>(op);
+    }
+}
+
+}  // namespace finf
