@@ -25,16 +25,20 @@ $(VENV)/.torch: | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[demo,frame,hf,test,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	@touch $@
+
+$(VENV)/.prove: $(VENV)/.prove
+	$(BIN)/python -m pip install --quiet --editable ".[prove]"
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/finf-fast demo --out $(OUT)
+	$(BIN)/finf-fast demo all --out $(OUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-prove: $(VENV)/.installed
+prove: $(VENV)/.prove
 	for isa in $$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())"); do \
 	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
 	$(BIN)/python -m pytest -m prove

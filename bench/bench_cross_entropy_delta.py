@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import machine
-import table
 import torch
 import torch.nn.functional as F
 
+import machine
+import table
 from finf_fast.ops import cross_entropy_delta
 
 # Classes of a small vocabulary, Llama-2's, Llama-3's. Everything is far past the last-level cache.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import machine
-import table
 import torch
 
+import machine
+import table
 from finf_fast.ops import segment_sum
 
 TOKENS, QUICK_TOKENS = 1 << 26, 1 << 22

@@ -1,9 +1,9 @@
 """The whole sweep (pair engine) against the method's released loop: same model, same data, same processor.
 
-The released loop (Forward-INF's data-leakage notebook) opens a one-worker DataLoader for every query and runs two forwards
-a batch, autograd on. The sweep reads the data once and runs 1 + Q forwards. Counting forwards alone gives 2Q/(1+Q). The
-mirror steps are made before either clock starts. Each run is a process of its own, so that peak memory is its own too; the
-two alternate.
+The released loop (Forward-INF's data-leakage notebook) opens a one-worker DataLoader for every query and runs two
+forwards a batch, autograd on. The sweep reads the data once and runs 1 + Q forwards. Counting forwards alone gives
+2Q/(1+Q). The mirror steps are made before either clock starts. Each run is a process of its own, so that peak memory is
+its own too; the two alternate.
 
     python bench/bench_sweep.py [--models resnet18 gpt2 small] [--queries 1 4 16 64] [--rounds 1] [--save] [--quick]
 
@@ -24,13 +24,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import table
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import finf_fast as ff
+import table
 
 
 class Block(nn.Module):

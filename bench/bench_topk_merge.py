@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import machine
-import table
 import torch
 
+import machine
+import table
 from finf_fast.ops import topk_merge
 
 SCORES, QUICK_SCORES = 1 << 24, 1 << 20

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 import machine
 import measure
-import torch
 
 __all__ = ["RESULTS", "Row", "append", "measured", "parser", "show"]
 

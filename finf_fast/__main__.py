@@ -24,7 +24,12 @@ console = Console()
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Argument(help="file.py:function or package.module:function that returns the model, or a Hugging Face folder")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="file.py:function or package.module:function that returns the model, or a Hugging Face folder"
+        ),
+    ],
     corpus: Annotated[Path, typer.Argument(help="training data: .npy, IDX or token file")],
     queries: Annotated[Path, typer.Argument(help="queries, in a format the corpus may have")],
     labels: Annotated[Path | None, typer.Option(help="labels of the corpus")] = None,
@@ -61,7 +66,8 @@ def audit(
         from finf_fast.report import html_report
 
         picked = range(len(asked)) if groups is None else [group[0] for group in groups]
-        console.print(f"page: {html_report(report, scores, data, [asked[i] for i in picked], title=f'Audit of {corpus.name}', k=top)}")
+        page = html_report(report, scores, data, [asked[i] for i in picked], title=f"Audit of {corpus.name}", k=top)
+        console.print(f"page: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -81,7 +87,11 @@ def bench(
 ) -> None:
     """Measure this machine: `finf-fast bench cross_entropy_delta --quick`."""
     found = importlib.util.find_spec("finf_fast.bench")
-    names = sorted(m.name.removeprefix("bench_") for m in pkgutil.iter_modules(found.submodule_search_locations) if m.name.startswith("bench_"))
+    names = sorted(
+        m.name.removeprefix("bench_")
+        for m in pkgutil.iter_modules(found.submodule_search_locations)
+        if m.name.startswith("bench_")
+    )
     if name not in names:
         console.print(f"benchmarks: {', '.join(names)}")
         raise typer.Exit(0 if not name else 2)
@@ -97,13 +107,17 @@ def info() -> None:
         for verdict in ff.ops.faces(op):
             table.add_row(op, verdict.face, "yes" if verdict.available else "no", verdict.reason)
     console.print(table)
-    console.print(f"finf_fast {ff.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads")
+    versions = f"finf_fast {ff.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    console.print(f"{versions}, {torch.get_num_threads()} threads")
     try:
         compiled = dispatch.compiled()
     except ImportError as error:
         console.print(f"compiled extension: not built ({error})")
         return
-    console.print(f"instruction set: {compiled.isa()} of {', '.join(compiled.isas())}; built with {compiled.build_info()}")
+    console.print(f"instruction set: {compiled.isa()} of {', '.join(compiled.isas())}")
+    console.print(
+        f"built with {compiled.build_info()['compiler']}, CUDA {'yes' if compiled.build_info()['cuda'] else 'no'}"
+    )
 
 
 def main() -> None:
@@ -111,7 +125,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[red]finf-fast:[/red] {type(error).__name__}: {error}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"finf-fast: {type(error).__name__}: {error}", markup=False, style="red"
+        )
         sys.exit(1)
 
 
@@ -144,6 +160,8 @@ def _hugging_face(folder: str, loss: str) -> torch.nn.Module:
         "seq2seq": "AutoModelForSeq2SeqLM",
         "cross_entropy": "AutoModelForSequenceClassification",
     }
+    if loss not in kinds:
+        raise ValueError(f"loss: wanted one of {', '.join(kinds)} for a Hugging Face folder, got {loss!r}")
     return getattr(transformers, kinds[loss]).from_pretrained(folder, local_files_only=True)
 
 
@@ -163,7 +181,9 @@ def _strongest(scores: Any, k: int, tail: str) -> Table:
     for q, name in enumerate(scores.names):
         for rank, (index, influence) in enumerate(zip(*scores.top(q, k, tail), strict=True), 1):
             base = scores.base[int(index) - first]
-            table.add_row(name if rank == 1 else "", str(rank), str(int(index)), f"{float(influence):+.4g}", f"{base:.4g}")
+            table.add_row(
+                name if rank == 1 else "", str(rank), str(int(index)), f"{float(influence):+.4g}", f"{base:.4g}"
+            )
     return table
 
 

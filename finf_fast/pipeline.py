@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finf_fast import identity, loss as losses
+from finf_fast import identity
+from finf_fast import loss as losses
 from finf_fast.corpus import Corpus, open_corpus
 from finf_fast.loss import Loss, Result
 from finf_fast.mirrors import mirrors_of
@@ -63,8 +64,8 @@ def sweep(
         shard: ``(i, n)`` scores the i-th of n contiguous slices; :meth:`Scores.merge` joins them.
         per_token: keep each token's loss and change too (``scores.token_base``, ``scores.token_delta``).
         nonfinite: ``"raise"`` at a NaN or infinite loss, naming the sample, or ``"keep"`` it in the scores.
-        progress: True, False, a callable ``(done, total)``, or None: a bar at a terminal when it lasts over two seconds.
-        resume: False refuses a folder that already holds scores.
+        progress: True, False, a callable ``(done, total)``, or None: a bar at a terminal when it lasts over two
+        seconds. resume: False refuses a folder that already holds scores.
 
     Returns:
         :class:`Scores` with ``base`` (S,) and ``delta`` (Q, S) in the sweep's dtype.

@@ -1,7 +1,7 @@
 """How many samples go through the model at once, from what one sample costs and what memory there is.
 
-One forward on a single sample of zeros (real shapes, harmless token ids) is watched: the bytes of every tensor it makes bound
-what a sample needs, and the width of its output bounds the labels.
+One forward on a single sample of zeros (real shapes, harmless token ids) is watched: the bytes of every tensor it
+makes bound what a sample needs, and the width of its output bounds the labels.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SHARE = (
     4  # a quarter of the free memory: the rest belongs to the user's process, the page cache and what the bound misses
 )
 CPU_BYTES = 256 << 20  # beyond it a forward on a CPU only leaves the caches behind
-# What a sample's own bytes cost: three blocks are under way (two staged, one at work), each through a few temporaries when
-# decoded. With it a 3072-input net takes 1024 images a forward; 4096 ran at a third of that speed (page faults).
+# What a sample's own bytes cost: three blocks are under way (two staged, one at work), each through a few temporaries
+# when decoded. With it a 3072-input net takes 1024 images a forward; 4096 ran at a third of that speed (page faults).
 INPUT_COPIES = 16
 MOST = 4096  # samples in a forward; small models gain nothing beyond, and a block is what an interruption can lose
 
@@ -32,7 +32,8 @@ class Probe:
     """What one sample through the model showed.
 
     Attributes:
-        bytes: of all tensors that one forward makes for one sample, the output's change and the staged input included: an
+        bytes: of all tensors that one forward makes for one sample, the output's change and the staged input
+        included: an
             upper bound of its need.
         outputs: width V of the output (its last dimension).
         tokens: rows of output a sample has, the L of (B, L, V); 1 for (B, V).

@@ -15,7 +15,8 @@ class Progress:
     Args:
         total: samples to do.
         title: what is being done.
-        show: None decides by whether standard error is a terminal; a callable is given ``(done, total)`` instead of a bar.
+        show: None decides by whether standard error is a terminal; a callable is given ``(done, total)`` instead of a
+        bar.
     """
 
     def __init__(self, total: int, title: str, show: bool | Callable[[int, int], None] | None = None):

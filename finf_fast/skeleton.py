@@ -1,8 +1,8 @@
-"""A second body for the same weights: the module tree copied, its tensors shared, so that the user's model is never touched.
+"""A second body for the same weights: modules copied, tensors shared, so that the user's model is never touched.
 
-``torch.func.functional_call`` swaps tensors inside the user's own modules for the time of a call; a Ctrl-C in the wrong place
-or a second thread would see them swapped. Copying the Python structure once costs milliseconds and no tensor memory, and gives
-a body that may be put in eval mode, folded and swapped at will.
+``torch.func.functional_call`` swaps tensors inside the user's own modules for the time of a call; a Ctrl-C in the
+wrong place or a second thread would see them swapped. Copying the Python structure once costs milliseconds and no
+tensor memory, and gives a body that may be put in eval mode, folded and swapped at will.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def _slots(model: nn.Module, body: nn.Module) -> dict[str, Slot]:
-    """Name -> slot; names are those of ``model.named_parameters()`` and ``named_buffers()``, a tied tensor under its first."""
+    """Name -> slot; names as in ``model.named_parameters()`` and ``named_buffers()``, a tied tensor under its first."""
     first: dict[int, str] = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
     places: dict[str, list[tuple[dict, str]]] = {}
     buffers = {name for name, _ in model.named_buffers()}

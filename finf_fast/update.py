@@ -17,7 +17,8 @@ DIRECTIONS = ("ascent", "descent")
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The mirror step of one query, as the *change* of each tensor, so that a step far below the weights' rounding survives.
+    """The mirror step of one query, as the *change* of each tensor, so that a step far below the weights' rounding
+    survives.
 
     Attributes:
         params: name -> dense change θ' − θ of that parameter, its shape; names as in ``model.named_parameters()``.
@@ -88,7 +89,7 @@ class Update:
         return cls(params, buffers, **named)
 
     def save(self, path: str | Path) -> None:
-        """Writes the update with ``torch.save`` (tensors and plain values only: it loads with ``weights_only=True``)."""
+        """Writes the update with ``torch.save``: tensors and plain values, so it loads with ``weights_only=True``."""
         torch.save(
             {**vars(self), "params": dict(self.params), "buffers": dict(self.buffers), "record": dict(self.record)},
             path,
@@ -115,7 +116,7 @@ def fingerprint(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> s
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of the model's class, structure (``repr``, which holds the hyper-parameters) and every parameter and buffer."""
+    """Hash of the model's class, its structure (``repr``: hyper-parameters too), every parameter and buffer."""
     shape = {"class": f"{type(model).__module__}.{type(model).__qualname__}", "structure": repr(model)}
     buffers = {f"buffer {name}": b for name, b in model.named_buffers()}
     return fingerprint(shape, {**dict(model.named_parameters()), **buffers})

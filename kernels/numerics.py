@@ -4,7 +4,8 @@ One row has logits z, changes d and a target t. With m the largest logit, over v
 
     rest = Σ e^(z_v − m)        u = Σ e^(z_v − m)·expm1(d_v − d_t)        s = rest + e^(z_t − m).
 
-Triton has neither ``log1p`` nor ``expm1`` that also runs in its interpreter, so both are written here. float32 throughout.
+Triton has neither ``log1p`` nor ``expm1`` that also runs in its interpreter, so both are written here. float32
+throughout.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def plain_losses(model: nn.Module, update: Update | None, loss: Loss, batch) -> 
 
 
 def plain_scores(model: nn.Module, updates, loss: Loss, batches) -> tuple[torch.Tensor, torch.Tensor]:
-    """base (S,) and delta (Q, S) by two float64 forwards a sample and query, nothing shared with the library's engine."""
+    """base (S,) and delta (Q, S) by two float64 forwards a sample and query; nothing of the engine is used."""
     base = torch.cat([plain_losses(model, None, loss, batch) for batch in batches])
     after = [torch.cat([plain_losses(model, update, loss, batch) for batch in batches]) for update in updates]
     return base, torch.stack(after) - base

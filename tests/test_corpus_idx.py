@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from corpus_files import idx_bytes, npy_bytes, state, write
 
+from corpus_files import idx_bytes, npy_bytes, state, write
 from finf_fast.corpus import open_corpus
 from finf_fast.corpus.unpack import unpacked
 from finf_fast.records import DamagedFile

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from corpus_files import flip_byte, idx_bytes, npy_bytes, state, write
 
+from corpus_files import flip_byte, idx_bytes, npy_bytes, state, write
 from finf_fast.corpus import open_corpus
 from finf_fast.corpus.idx import map_idx
 from finf_fast.records import DamagedFile

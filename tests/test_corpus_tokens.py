@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus_files import flip_byte, llmc_bytes, npy_bytes, state, write
 
+from corpus_files import flip_byte, llmc_bytes, npy_bytes, state, write
 from finf_fast.corpus import open_corpus
 from finf_fast.records import DamagedFile
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import checks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import STEPS, Case, check, exact, make_case, shifted_target, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checks
+from checks import STEPS, Case, check, exact, make_case, shifted_target, truth
 from finf_fast.ops import cross_entropy_delta, cross_entropy_delta_out
 
 dtype = checks.face_fixture("cross_entropy_delta")

@@ -34,9 +34,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+def wait_until_opened(folder: Path, process: subprocess.Popen) -> None:
+    while not (folder / "done").exists() and process.poll() is None:
         time.sleep(0.01)
 
 
@@ -46,14 +45,14 @@ def flags(folder: Path) -> int:
 
 
 def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> None:
-    """Kills sweeps at random moments, resuming each until it is whole, and compares every byte with an undisturbed one."""
+    """Kills sweeps at random moments, resumes each until it is whole, compares every byte with an undisturbed one."""
     chance = random.Random(seed)
     finish(tmp_path / "undisturbed")
     inside = 0  # kills that left a sweep half-way
     for number in range(5 * kills):
         process = start(tmp_path / "killed", 0.06)  # 60 blocks: about four seconds if left alone
         if number % 4:  # one in four falls anywhere from the very start, the rest after the folder was opened
-            wait_for(lambda: (tmp_path / "killed" / "done").exists() or process.poll() is not None)
+            wait_until_opened(tmp_path / "killed", process)
         time.sleep(chance.uniform(0.0, 2.0))
         process.send_signal(signal.SIGKILL)
         process.wait()

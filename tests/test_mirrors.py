@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import TinyLm, conv_net, mlp
 from torch import nn
 
 from finf_fast.mirrors import mirror, mirrors_of
+from nets import TinyLm, conv_net, mlp
 
 OPTIMIZERS = {"sgd": (torch.optim.SGD, 1e-2), "adam": (torch.optim.Adam, 5e-3)}
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from nets import TinyLm, conv_net, mlp
 from torch import nn
 
 from finf_fast.mirrors import mirror, mirrors_of
 from finf_fast.records import NonFiniteLoss
+from nets import TinyLm, conv_net, mlp
 
 
 @pytest.mark.parametrize(

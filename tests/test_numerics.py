@@ -56,9 +56,9 @@ def signed(*powers):
 
 
 def close(got, wanted, bound=4e-7):
-    assert np.isfinite(wanted).all() and (np.abs(got - wanted) <= bound * np.abs(wanted)).all(), (
-        np.abs(got / wanted - 1).max()
-    )
+    assert np.isfinite(wanted).all() and (np.abs(got - wanted) <= bound * np.abs(wanted)).all(), np.abs(
+        got / wanted - 1
+    ).max()
 
 
 def test_expm1(numerics):

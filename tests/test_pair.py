@@ -77,7 +77,13 @@ def test_hugging_face_gpt2_with_padding(dtype, bound):
 def test_hugging_face_bert_and_t5(dtype, bound):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**small)).double()
     ids = torch.randint(0, 40, (3, 8))
     labels = torch.where(torch.rand(3, 8) < 0.4, ids, -100)

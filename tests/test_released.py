@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from released_transcription import tell
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import finf_fast as ff
 from finf_fast.mirrors import mirror, mirrors_of
 from finf_fast.update import Update
+from released_transcription import tell
 
 TRAIN = 240  # samples, scored by each of the eight queries twice
 # Of |delta|, relative to the largest; and how many ranks must agree: in float32 the smallest scores lie too close.

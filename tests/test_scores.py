@@ -9,6 +9,9 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+
+from finf_fast.records import DamagedFile, ManifestMismatch, Plan
+from finf_fast.scores import Scores, folder, open_store
 from scores_cases import (
     BLOCK,
     CORPUS,
@@ -25,9 +28,6 @@ from scores_cases import (
     put,
     start,
 )
-
-from finf_fast.records import DamagedFile, ManifestMismatch, Plan
-from finf_fast.scores import Scores, folder, open_store
 
 
 @pytest.fixture(params=["memory", "folder"])

@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-from scores_cases import BLOCK, IDENTITY, PLAN, QUERIES, SAMPLES, START, STOP, finished, numbers, put, start
 
 from finf_fast.records import DamagedFile, ManifestMismatch, Plan
 from finf_fast.scores import Scores, files, open_store
+from scores_cases import BLOCK, IDENTITY, PLAN, QUERIES, SAMPLES, START, STOP, finished, numbers, put, start
 
 
 @pytest.fixture(params=["memory", "folder"])

@@ -9,10 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-from scores_cases import BLOCK, PLAN, SAMPLES, START, STOP, TOKENS, finished, numbers, put, start
 
 from finf_fast.records import DamagedFile, Plan
 from finf_fast.scores import Scores, files, folder, store
+from scores_cases import BLOCK, PLAN, SAMPLES, START, STOP, TOKENS, finished, numbers, put, start
 
 
 @pytest.fixture(params=["memory", "folder"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import checks
 import numpy as np
 import pytest
 import torch
-from checks import check_segment_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checks
+from checks import check_segment_sum
 from finf_fast.ops import segment_sum, segment_sum_out
 
 dtype = checks.face_fixture("segment_sum")

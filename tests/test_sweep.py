@@ -1,4 +1,4 @@
-"""The line from end to end: equal to two plain float64 forwards sample by sample, however it is cut, stored and resumed."""
+"""The line from end to end: two plain float64 forwards sample by sample, however it is cut, stored and resumed."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import best, check, check_segment_sum, check_topk, make_case, plain, shifted_target
 
+from checks import best, check, check_segment_sum, check_topk, make_case, plain, shifted_target
 from finf_fast import reference
 
 CASES = {

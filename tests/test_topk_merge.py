@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import checks
 import numpy as np
 import pytest
 import torch
-from checks import check_topk, empty_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checks
+from checks import check_topk, empty_list
 from finf_fast.ops import topk_merge, topk_merge_
 
 dtype = checks.face_fixture("topk_merge")

@@ -79,7 +79,7 @@ def batch_size(batch: Any) -> int:
 
 
 def split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """What the model reads, as positional and keyword arguments, and the target: the last of a tuple, ``labels`` of a dict."""
+    """What the model reads, positional and by keyword, and the target: the last of a tuple, ``labels`` of a dict."""
     if isinstance(batch, Tensor):
         return (batch,), {}, None
     if isinstance(batch, Mapping):
@@ -91,7 +91,7 @@ def split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
 
 
 def prediction(out: Any) -> Tensor:
-    """The logits or prediction in what a model returned: a tensor, ``.logits``, ``["logits"]`` or the first of a tuple."""
+    """The prediction in what a model returned: a tensor, ``.logits``, ``["logits"]`` or the first of a tuple."""
     if isinstance(out, Tensor):
         return out
     if isinstance(getattr(out, "logits", None), Tensor):
@@ -100,9 +100,8 @@ def prediction(out: Any) -> Tensor:
         return out["logits"]
     if isinstance(out, (tuple, list)) and len(out) and isinstance(out[0], Tensor):
         return out[0]
-    raise TypeError(
-        f"model: wanted it to return a tensor, something with .logits, or a tuple that starts with a tensor, got {type(out).__name__}"
-    )
+    wanted = "a tensor, something with .logits, or a tuple that starts with a tensor"
+    raise TypeError(f"model: wanted it to return {wanted}, got {type(out).__name__}")
 
 
 def check_range(what: str, values: Tensor, limit: int, allowed: int | None = None) -> None:

@@ -1,8 +1,9 @@
 """Cross-entropy in its four dresses: classification, causal, masked and sequence-to-sequence language models.
 
-All are the same thing: rows of logits with one target each, and rows summed (or averaged) into samples. They differ only in
-how the model is called and where a row's target stands. A row without a target carries ``ignore_index``: shifting the
-targets by one token and marking the last row ignored costs nothing, where shifting the logits would copy them.
+All are the same thing: rows of logits with one target each, and rows summed (or averaged) into samples. They differ
+only in how the model is called and where a row's target stands. A row without a target carries ``ignore_index``:
+shifting the targets by one token and marking the last row ignored costs nothing, where shifting the logits would copy
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ TOKEN_KEYS = ("input_ids", "decoder_input_ids")
 
 
 class CrossEntropy(Loss):
-    """Classification: ``model(x)`` gives (B, V), or (B, V, d1, ...) with targets (B, d1, ...) as in ``F.cross_entropy``.
+    """Classification: ``model(x)`` gives (B, V), or (B, V, d1, ...) with targets (B, d1, ...) as in
+    ``F.cross_entropy``.
 
     Args:
         reduction: ``"mean"`` or ``"sum"`` over a sample's rows (tokens, pixels).
@@ -29,7 +31,8 @@ class CrossEntropy(Loss):
         ignore_index: target of a row that does not count.
         per_token: also return each row's loss and change.
 
-    A sample all of whose rows are ignored has base and delta NaN under ``"mean"`` (0/0, as torch has it), 0 under ``"sum"``.
+    A sample all of whose rows are ignored has base and delta NaN under ``"mean"`` (0/0, as torch has it), 0 under
+    ``"sum"``.
     """
 
     name = "cross_entropy"
@@ -127,7 +130,7 @@ class CrossEntropy(Loss):
 
 
 class MaskedLM(CrossEntropy):
-    """Masked language model: logits (B, L, V), ``labels`` (B, L) with ``ignore_index`` at every token that was not masked."""
+    """Masked language model: logits (B, L, V), ``labels`` (B, L) with ``ignore_index`` wherever nothing was masked."""
 
     name = "masked_lm"
 
@@ -139,8 +142,9 @@ class MaskedLM(CrossEntropy):
 class CausalLM(CrossEntropy):
     """Next-token prediction: the row of token t is judged by token t + 1.
 
-    A batch is token ids (B, L), ``(ids,)``, ``(ids, labels)``, or a dict with ``input_ids`` and perhaps ``attention_mask`` and
-    ``labels``; labels stand at their own token (the shift is made here) and default to the ids, padding ignored.
+    A batch is token ids (B, L), ``(ids,)``, ``(ids, labels)``, or a dict with ``input_ids`` and perhaps
+    ``attention_mask`` and ``labels``; labels stand at their own token (the shift is made here) and default to the
+    ids, padding ignored.
     """
 
     name = "causal_lm"
@@ -179,7 +183,8 @@ class CausalLM(CrossEntropy):
 class Seq2Seq(CrossEntropy):
     """Encoder-decoder: logits of the decoder (B, L, V) judged by ``labels`` (B, L), no shift.
 
-    ``decoder_input_ids`` are made from the labels by the model's own ``prepare_decoder_input_ids_from_labels`` unless given.
+    ``decoder_input_ids`` are made from the labels by the model's own ``prepare_decoder_input_ids_from_labels`` unless
+    given.
     """
 
     name = "seq2seq"

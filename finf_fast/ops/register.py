@@ -1,7 +1,8 @@
 """How an operation becomes known to torch: schema, one implementation for every device, and its fake.
 
-``torch.library.custom_op`` would do the same, but guards each call against torch.compile, and the guard's first use imports
-the whole compiler: 1.7 s of a sweep's start (torch 2.13). These operations hold nothing that a compiler could trip over.
+``torch.library.custom_op`` would do the same, but guards each call against torch.compile, and the guard's first use
+imports the whole compiler: 1.7 s of a sweep's start (torch 2.13). These operations hold nothing that a compiler could
+trip over.
 """
 
 from __future__ import annotations

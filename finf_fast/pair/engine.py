@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from finf_fast.loss import Loss, Result
 from finf_fast.pair import fold, linear
-from finf_fast.skeleton import Skeleton
 from finf_fast.pair.weights import WeightSets
+from finf_fast.skeleton import Skeleton
 from finf_fast.update import Update
 
 CHANGE_BYTES = (

@@ -1,8 +1,9 @@
 """Batch norm folded into the convolution or linear layer before it, where the graph proves that this is exact.
 
-In eval mode batch norm is ``y·a + c`` with ``a = γ/√(var+ε)`` and ``c = β − mean·a``, so it disappears into the weight and bias of
-the layer it follows, for the base model and for every updated one alike. It is done only where ``torch.fx`` traces the model
-and shows that the norm is the layer's sole reader and that neither is called twice; anywhere else the norm stays.
+In eval mode batch norm is ``y·a + c`` with ``a = γ/√(var+ε)`` and ``c = β − mean·a``, so it disappears into the
+weight and bias of the layer it follows, for the base model and for every updated one alike. It is done only where
+``torch.fx`` traces the model and shows that the norm is the layer's sole reader and that neither is called twice;
+anywhere else the norm stays.
 """
 
 from __future__ import annotations

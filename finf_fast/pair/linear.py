@@ -1,8 +1,8 @@
-"""Linear layers through oneDNN's float32 product, which on AMD processors reaches twice what torch's default library does.
+"""Linear layers through oneDNN's float32 product: on AMD processors twice as fast as torch's default library.
 
-Measured, 2 Zen 5 cores, torch 2.13, GFLOP/s, default against oneDNN: (2048×768)·(768×3072) 118 / 451, (2048×768)·(768×50257)
-163 / 350; `bench/bench_sweep.py` shows the whole forward. It is a mode over torch functions, not a replaced module, so that
-Hugging Face's ``Conv1D`` (``addmm``) and functional calls profit alike.
+Measured, 2 Zen 5 cores, torch 2.13, GFLOP/s, default against oneDNN: (2048×768)·(768×3072) 118 / 451,
+(2048×768)·(768×50257) 163 / 350; `bench/bench_sweep.py` shows the whole forward. It is a mode over torch functions,
+not a replaced module, so that Hugging Face's ``Conv1D`` (``addmm``) and functional calls profit alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def available() -> bool:
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """Inside this mode, float32 CPU ``F.linear`` and ``torch.addmm`` of plain tensors run in oneDNN; the rest is untouched."""
+    """Inside this mode float32 CPU ``F.linear`` and ``torch.addmm`` run in oneDNN; the rest is untouched."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -30,7 +30,7 @@ class OneDnnLinear(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's own name)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _fits(input, weight):
         return F.linear(input, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")

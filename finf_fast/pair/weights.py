@@ -1,4 +1,4 @@
-"""The 1 + Q sets of weights of the pair engine: made from one base and Q changes, folded and laid out for the forward."""
+"""The 1 + Q sets of weights of the pair engine: made of one base and Q changes, folded and laid out for use."""
 
 from __future__ import annotations
 
