@@ -156,7 +156,7 @@ def test_global_state_is_put_back_also_after_an_error():
     torch.manual_seed(7)
     wanted, threads = torch.rand(3), torch.get_num_threads()
     torch.manual_seed(7)
-    with pytest.raises(KeyError), settled.settled(0):
+    with pytest.raises(KeyError), settled.settled(0, threads=1):
         inside = torch.rand(3)
         raise KeyError
     assert torch.equal(torch.rand(3), wanted) and torch.get_num_threads() == threads
@@ -175,7 +175,7 @@ def test_training_tells_its_progress_and_lowers_the_loss():
     def loss(rows):
         return (layer(x[rows]) - x[rows, :1]).square().mean()
 
-    with settled.settled(0):
+    with settled.settled(0, threads=1):
         before, batches = loss(torch.arange(40)).item(), settled.epochs(40, 20, 10)
         show = lambda done, total: calls.append((done, total))  # noqa: E731
         settled.train(layer, loss, batches, lr=0.05, weight_decay=0.0, title="train", progress=show)

@@ -95,5 +95,5 @@ def test_small_and_large_change(numerics):
 
 
 def test_which_changes_are_small(numerics):
-    u, s, step = [0.1, -0.4, -0.6, 0.1, np.nan], [1.0] * 5, [1.0, 1.0, 1.0, 30.0, 1.0]
+    u, s, step = [0.1, -0.4, -0.6, 0.1, np.nan], [1.0] * 5, [1.0, 1.0, 1.0, 50.0, 1.0]
     assert apply(numerics.is_small_change, u, s, step).tolist() == [1, 1, 0, 0, 0]

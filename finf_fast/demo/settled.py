@@ -16,17 +16,19 @@ from finf_fast.progress import Progress
 
 Show = bool | Callable[[int, int], None] | None
 
-THREADS = 2  # as the timings are given for; another count would also round another way
 OF_A_RESULT = {"manifest.json", "base.npy", "delta.npy", "token_base.npy", "token_delta.npy", "done", "lock"}
 
 
 @contextlib.contextmanager
-def settled(seed: int) -> Iterator[None]:
-    """Random numbers from ``seed`` and two threads; torch's global state is as before when all is over."""
+def settled(seed: int, threads: int) -> Iterator[None]:
+    """Random numbers from ``seed``, and so many threads, since another count may round another way.
+
+    torch's global state is as before when all is over.
+    """
     before = torch.get_num_threads()
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(threads)
         try:
             yield
         finally:

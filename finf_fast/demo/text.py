@@ -38,7 +38,7 @@ class Size:
         width, layers: of the model.
     """
 
-    windows: int = 4500
+    windows: int = 4000
     length: int = 128
     queries: int = 12
     epochs: int = 3
@@ -77,7 +77,7 @@ def run(out: Path, progress: Show = None, seed: int = 0, size: Size | None = Non
         size: something else than the defaults of :class:`Size`.
     """
     start, size = time.monotonic(), size or Size()
-    with settled(seed):
+    with settled(seed, threads=2):
         data = plant(seed, size.windows, size.length, size.queries)
         corpus = ff.open_corpus(write_tokens(out / "train.bin", data.tokens), window=size.length)
         model = trained(data, size, progress)
