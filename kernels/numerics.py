@@ -13,9 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LARGEST_EXPM1 = tl.constexpr(
-    40.0
-)  # below, expm1 of a column of almost no weight (e^-87 and up) stays far from overflow
+# Up to here expm1 of a column of almost no weight (e^-87 and up) stays far from overflow.
+LARGEST_EXPM1 = tl.constexpr(40.0)
 
 
 @triton.jit

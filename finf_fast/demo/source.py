@@ -14,8 +14,9 @@ import numpy as np
 
 __all__ = ["Planted", "plant", "renamed", "source_files", "write_tokens"]
 
-# Test suites and programs that some distributions leave out; other people's packages.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+# Other people's packages; tests and programs that some distributions leave out; tables of characters, one manual.
+PACKAGES, OPTIONAL = {"site-packages", "dist-packages"}, {"test", "tests", "idlelib", "lib2to3", "turtledemo"}
+LEFT_OUT = {*PACKAGES, *OPTIONAL, "encodings", "pydoc_data", "__pycache__"}
 SMALLEST = 2000  # bytes; shorter files are mostly re-exports
 NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]{2,}")
 KEPT = {*keyword.kwlist, "self", "cls"}  # renaming these would not be renaming

@@ -29,7 +29,7 @@ STEP = 1e-3  # of the mirror step; chosen on seed 1 among 1e-1, 1e-2, 1e-3, whil
 
 @dataclass(frozen=True)
 class Size:
-    """How large the demo is; the defaults are a minute of training and about one of audit on two cores.
+    """How large the demo is; the defaults take two cores a minute of training and one of audit.
 
     Attributes:
         windows, length: S windows of L bytes to train on, planted ones included.
@@ -38,7 +38,7 @@ class Size:
         width, layers: of the model.
     """
 
-    windows: int = 4000
+    windows: int = 3000
     length: int = 128
     queries: int = 12
     epochs: int = 3

@@ -123,7 +123,6 @@ def _header(title: str, scores: Any, about: Mapping[str, object]) -> Html:
         "queries": len(scores.names),
         "loss": settings.get("loss"),
         **about,
-        "computed in": settings.get("dtype"),
         "scored in": f"{seconds:,.0f} s" if seconds and seconds >= 1 else None,
     }
     chips = [tag("li", tag("b", key), value) for key, value in facts.items() if value is not None]
@@ -144,7 +143,8 @@ def _legend(shown: Shown) -> Html:
 def _footer(scores: Any) -> Html:
     versions = scores.manifest["identity"].get("versions", {})
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return tag("footer", f"Scored {scores.manifest['created']} with {made}. Plan: {scores.plan}.")
+    how = _settings(scores).get("dtype", str(scores.base.dtype))
+    return tag("footer", f"Scored {scores.manifest['created']} in {how} with {made}. Plan: {scores.plan}.")
 
 
 def _document(title: str, body: Html) -> str:

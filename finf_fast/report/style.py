@@ -45,14 +45,14 @@ p:last-child { margin-bottom: 0; }
 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th { text-align: left; font-weight: 600; color: var(--soft); }
 td, th { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { text-align: left; font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; }
 td:last-child, th:last-child { padding-right: 0; }
 tr:last-child td { border-bottom: 0; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 td a { color: inherit; text-decoration-color: var(--line); text-underline-offset: 3px; }
 td img { height: 26px; width: auto; vertical-align: middle; }
-td pre { max-height: 1.5em; max-width: 40ch; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+td pre { max-height: 1.5em; max-width: 36ch; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
 
 img { image-rendering: pixelated; border-radius: 6px; display: block; background: #000; }
 pre {
