@@ -51,6 +51,8 @@ def audit(
     shard: Annotated[str | None, typer.Option(help="i/n: score the i-th of n slices, counted from 0")] = None,
 ) -> None:
     """Score every training sample for every query and show the strongest."""
+    if tail not in ("helpful", "harmful", "both"):
+        raise ValueError(f"tail: wanted helpful, harmful or both, got {tail!r}")
     given = {"window": window, "stride": stride}
     options = {key: value for key, value in given.items() if value is not None}
     data = ff.open_corpus(corpus, labels=labels, **options)
@@ -140,7 +142,8 @@ def _model(spec: str, loss: str) -> torch.nn.Module:
         raise ValueError(f"model: wanted file.py:function, module:function or a folder, got {spec!r}")
     if place.endswith(".py"):
         found = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(found)
+        module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+        sys.path.insert(0, str(Path(place).parent))
         found.loader.exec_module(module)
     else:
         sys.path.insert(0, "")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,20 @@ def of(
             "torch": torch.__version__,
             "numpy": np.__version__,
             "machine": platform.machine(),
+            **_home(model),
         },
         "fingerprints": {
             "model": model_fingerprint(model),
             "updates": [update.fingerprint for update in updates],
             "corpus": corpus.fingerprint,
         },
-        "settings": {**loss.settings(), **engine, "cpu": torch.backends.cpu.get_cpu_capability(), **_faces()},
+        "settings": {
+            **loss.settings(),
+            **engine,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            **_faces(),
+            **_precision(),
+        },
     }
 
 
@@ -43,13 +51,6 @@ def names_of(updates: Sequence[Update]) -> list[str]:
     """A different name for every query: its own, or its number; a repeated name has its number added."""
     names = [update.name or f"query {q}" for q, update in enumerate(updates)]
     return [name if names.count(name) == 1 else f"{name} ({q})" for q, name in enumerate(names)]
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """Token ids that the model's input embedding knows, where the model says which embedding that is."""
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if callable(find) else None
-    return getattr(embedding, "num_embeddings", None)
 
 
 @contextlib.contextmanager
@@ -64,6 +65,22 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _home(model: nn.Module) -> dict[str, str]:
+    """The package that the model's class comes from, with its version, where it is an installed one."""
+    package = type(model).__module__.partition(".")[0]
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        return {package: metadata.version(package)}
+    return {}
+
+
+def _precision() -> dict[str, Any]:
+    """Global switches of torch under which a float32 product is not one."""
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+    }
 
 
 def _faces() -> dict[str, Any]:

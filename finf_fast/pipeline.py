@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,11 @@ from finf_fast.corpus import Corpus, open_corpus
 from finf_fast.loss import Loss, Result
 from finf_fast.mirrors import mirrors_of
 from finf_fast.pair import PairEngine
-from finf_fast.planning import free_bytes, make_plan, out_of_memory, probe
+from finf_fast.planning import Probe, free_bytes, make_plan, out_of_memory, probe
 from finf_fast.progress import Progress
 from finf_fast.records import BadSample, Block, NonFiniteLoss
 from finf_fast.scores import Scores, Store, open_store
+from finf_fast.skeleton import vocabulary
 from finf_fast.staging import stage
 from finf_fast.transfer import rows, to_device
 from finf_fast.update import Update
@@ -77,13 +79,14 @@ def sweep(
     updates = _checked(model, updates, engine, nonfinite)
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     loss = _per_token(losses.resolve(loss), per_token)
+    per_token = loss.per_token
     start, stop = _slice(len(corpus), shard)
     device, dtype = _place(model, device, dtype)
     runner = PairEngine(model, updates, loss, device, dtype, keep=free_bytes(device) // 4)
-    found = probe(runner.output, to_device(corpus.read(start, start + 1), device))
+    found = probe(runner.output, to_device(_longest(corpus, start, stop), device))
     store = open_store(
         out,
-        identity.of(model, updates, corpus, loss, runner.record()),
+        identity.of(model, updates, corpus, loss, {**runner.record(), "nonfinite": nonfinite}),
         make_plan(found, start, stop, device, batch_size),
         queries=len(updates),
         dtype=str(dtype).removeprefix("torch."),
@@ -93,7 +96,7 @@ def sweep(
         corpus_samples=len(corpus),
         resume=resume,
     )
-    sweeper = _Sweeper(runner, corpus, store, found.outputs, identity.vocabulary(model), nonfinite)
+    sweeper = _Sweeper(runner, corpus, store, found, vocabulary(model), nonfinite)
     with store, identity.threads(store.plan.threads), Progress(store.plan.samples, "sweep", progress) as bar:
         bar.advance(store.scored)
         with closing(stage(corpus, store.plan, store.missing())) as blocks:
@@ -117,6 +120,8 @@ def forward_inf(
     params: Any = None,
     mode: str | None = None,
     seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Scores:
     """Mirror steps on every query and the sweep over the corpus, in one call.
@@ -126,6 +131,8 @@ def forward_inf(
         queries: a batch; each row is one query, unless ``groups`` says which rows belong together.
         groups: lists of rows, or name -> rows; a group's loss is the mean of its rows'.
         method, lr, direction, steps, params, mode, seed: as in :func:`finf_fast.mirror`.
+        options: of the method, by name (``weight_decay``, ``betas``, ``tries``, ...), as in :func:`finf_fast.mirror`.
+        progress: of the sweep; True, False and None hold for the mirror steps too.
         settings: the remaining keyword arguments of :func:`sweep`.
 
     Returns:
@@ -133,18 +140,24 @@ def forward_inf(
     """
     how = {"lr": lr, "direction": direction, "steps": steps, "params": params, "mode": mode, "seed": seed}
     given = {key: value for key, value in how.items() if value is not None}
-    updates = mirrors_of(model, queries, groups=groups, loss=loss, method=method, **given)
-    return sweep(model, updates, corpus, loss=loss, **settings)
+    given |= {"groups": groups, "loss": loss, "method": method, "device": settings.get("device")}
+    unknown = settings.keys() - inspect.signature(sweep).parameters.keys()
+    if unknown:
+        raise TypeError(f"forward_inf: unknown argument {', '.join(sorted(unknown))}")
+    corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
+    with Progress(0, "mirror steps", None if callable(progress) else progress) as bar:
+        updates = mirrors_of(model, queries, on_done=bar.reach, **given, **(options or {}))
+    return sweep(model, updates, corpus, loss=loss, progress=progress, **settings)
 
 
 class _Sweeper:
     """Takes a block through device, model and loss into the store."""
 
     def __init__(
-        self, runner: PairEngine, corpus: Corpus, store: Store, outputs: int, vocabulary: int | None, nonfinite: str
+        self, runner: PairEngine, corpus: Corpus, store: Store, found: Probe, vocabulary: int | None, nonfinite: str
     ):
         self._runner, self._corpus, self._store = runner, corpus, store
-        self._limits, self._nonfinite = (outputs, vocabulary), nonfinite
+        self._limits, self._nonfinite, self._tokens = (found.outputs, vocabulary), nonfinite, found.tokens
         self._since, self._samples, self._empty = time.monotonic(), 0, 0
 
     def write(self, block: Block) -> None:
@@ -160,6 +173,7 @@ class _Sweeper:
         if result.empty is not None:
             self._empty += int(result.empty.sum())
         self._samples += len(block)
+        self._require_tokens(result)
         self._store.write(block.number, *_on_disk(result, self._runner.dtype))
 
     def record(self) -> dict[str, Any]:
@@ -178,16 +192,34 @@ class _Sweeper:
         while True:
             size = self._store.plan.forward_size(block.number)
             try:
-                parts = [
-                    self._runner.score(to_device(rows(block.batch, first, first + size), self._runner.device))
-                    for first in range(0, len(block), size)
-                ]
+                parts = [self._part(block, first, first + size) for first in range(0, len(block), size)]
                 return parts[0] if len(parts) == 1 else _joined(parts)
+            except IndexError as error:
+                self._name_the_sample(block, error)
             except Exception as error:
                 if not out_of_memory(error) or size == 1:
                     raise
                 halved = max(1, min(size, len(block)) // 2)
             self._store.halve(block.number, halved)
+
+    def _part(self, block: Block, first: int, last: int) -> Result:
+        return self._runner.score(to_device(rows(block.batch, first, last), self._runner.device))
+
+    def _name_the_sample(self, block: Block, error: IndexError) -> None:
+        """Raises for the sample that made the model look outside a table (an embedding of the user's own)."""
+        for row in range(len(block)):
+            try:
+                self._part(block, row, row + 1)
+            except IndexError as alone:
+                sample = block.start + row
+                raise BadSample(f"sample {sample} ({self._corpus.locate(sample)}): {alone}", row) from error
+        raise error
+
+    def _require_tokens(self, result: Result) -> None:
+        held = self._tokens
+        if result.token_base is not None and result.token_base.shape[1] > held:
+            got = result.token_base.shape[1]
+            raise ValueError(f"per_token: room was made for {held} tokens a sample, as the first ones have, got {got}")
 
     def _require_finite(self, result: Result, block: Block) -> None:
         bad = ~torch.isfinite(result.base) | ~torch.isfinite(result.delta).all(0)
@@ -241,6 +273,11 @@ def _per_token(loss: Loss, wanted: bool) -> Loss:
     return loss
 
 
+def _longest(corpus: Corpus, start: int, stop: int) -> Any:
+    """A batch of one for the probe: the first sample, padded as the longest of the first 64 asks for."""
+    return rows(corpus.read(start, min(start + 64, stop)), 0, 1)
+
+
 def _slice(samples: int, shard: tuple[int, int] | None) -> tuple[int, int]:
     """First and one past last sample of the i-th of n slices, equal but for one sample."""
     if shard is None:
@@ -261,7 +298,10 @@ def _place(
     first = next(model.parameters())
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     own = torch.float64 if floating is torch.float64 else torch.float32
-    return torch.device(device if device is not None else first.device), dtype if dtype is not None else own
+    place = torch.device(device if device is not None else first.device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: wanted one this torch can reach, got {place} without CUDA")
+    return place, dtype if dtype is not None else own
 
 
 def _joined(parts: list[Result]) -> Result:

@@ -1,7 +1,7 @@
 """How many samples go through the model at once, from what one sample costs and what memory there is.
 
-One forward on a single sample of zeros (real shapes, harmless token ids) is watched: the bytes of every tensor it
-makes bound what a sample needs, and the width of its output bounds the labels.
+One forward on a single sample is watched: the bytes of every tensor it makes bound what a sample needs, and the width
+of its output bounds the labels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finf_fast.loss import mapped
 from finf_fast.records import Plan
 
 SHARE = (
@@ -45,13 +46,38 @@ class Probe:
 
 
 def probe(output: Callable[[Any], Tensor], sample: Any) -> Probe:
-    """Runs ``output`` on a batch of one, integers replaced by zeros, and counts what it allocates."""
-    watch = _Watch()
-    with watch:
-        value = output(_harmless(sample))
+    """Runs ``output`` on a batch of one and counts what it allocates.
+
+    A bad token id must not end here without its sample being named, nor spoil a GPU: if the sample as it is fails, or
+    on a GPU at first, it is tried with its integers replaced by zeros.
+
+    Raises:
+        ValueError: two forwards of the same sample differ: the model draws random numbers in eval mode.
+    """
+    sample, value, watch = _first_that_runs(output, sample)
+    again = output(sample)
+    if not torch.allclose(value, again, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError("model: wanted the same output twice in eval mode, got two that differ (dropout left on?)")
     tokens = value[0, ..., 0].numel() if value.dim() > 1 else 1
     held = watch.bytes + 2 * value.nbytes + INPUT_COPIES * _bytes(sample)
     return Probe(held, value.shape[-1] if value.dim() > 1 else 1, tokens)
+
+
+def _first_that_runs(output: Callable[[Any], Tensor], sample: Any) -> tuple[Any, Tensor, _Watch]:
+    ways = [sample, _harmless(sample)]
+    first, second = ways if _device(sample).type == "cpu" else ways[::-1]
+    try:
+        return _watched(output, first)
+    except (IndexError, RuntimeError) as error:
+        try:
+            return _watched(output, second)
+        except (IndexError, RuntimeError):
+            raise error from None
+
+
+def _watched(output: Callable[[Any], Tensor], sample: Any) -> tuple[Any, Tensor, _Watch]:
+    with _Watch() as watch:
+        return sample, output(sample), watch
 
 
 def make_plan(found: Probe, start: int, stop: int, device: torch.device, batch_size: int | None) -> Plan:
@@ -128,12 +154,16 @@ class _Watch(TorchDispatchMode):
         return out
 
 
+def _device(batch: Any) -> torch.device:
+    found: list[torch.device] = []
+    mapped(lambda tensor: found.append(tensor.device) or tensor, batch)
+    return found[0] if found else torch.device("cpu")
+
+
 def _bytes(batch: Any) -> int:
-    if isinstance(batch, Mapping):
-        return sum(map(_bytes, batch.values()))
-    if isinstance(batch, (tuple, list)):
-        return sum(map(_bytes, batch))
-    return batch.nbytes if isinstance(batch, Tensor) else 0
+    sizes: list[int] = []
+    mapped(lambda tensor: sizes.append(tensor.nbytes) or tensor, batch)
+    return sum(sizes)
 
 
 def _harmless(sample: Any) -> Any:
@@ -142,5 +172,6 @@ def _harmless(sample: Any) -> Any:
         return {k: v if k == "attention_mask" else _harmless(v) for k, v in sample.items()}
     if isinstance(sample, (tuple, list)):
         return tuple(_harmless(v) for v in sample)
+    # Masks stay: all zero they would leave a model nothing to look at.
     whole = isinstance(sample, Tensor) and not sample.is_floating_point() and sample.dtype is not torch.bool
     return torch.zeros_like(sample) if whole else sample

@@ -34,13 +34,21 @@ class Progress:
         if self._call is not None:
             self._call(self._done, self._total)
         elif self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
+            self._bar.update(self._task, completed=self._done, rate=self._rate())
         elif self._wanted and time.monotonic() - self._since > PATIENCE and self._done < self._total:
             self._open()
+
+    def reach(self, done: int, total: int) -> None:
+        """Notes that ``done`` of ``total`` are finished."""
+        self._total = total
+        self.advance(done - self._done)
 
     def __exit__(self, *_) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _rate(self) -> str:
+        return f"{self._done / max(time.monotonic() - self._since, 1e-9):,.1f}/s"
 
     def _open(self) -> None:
         from rich import progress
@@ -54,5 +62,5 @@ class Progress:
             progress.TimeRemainingColumn(),
         )
         self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, rate="")
+        self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, rate=self._rate())
         self._bar.start()

@@ -8,6 +8,7 @@ tensor memory, and gives a body that may be put in eval mode, folded and swapped
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -40,21 +41,25 @@ class Skeleton:
         model: the user's model, not modified.
         device: where the copy computes.
         dtype: of floating-point tensors; None leaves them.
-        train: train mode instead of eval mode; buffers are then copies, since batch norm moves them in place.
+        train: train mode instead of eval mode.
 
     Raises:
-        TypeError: the model's Python structure cannot be copied; the message carries the reason.
+        TypeError: the model's Python structure cannot be copied, or one of its attributes is a function that holds on
+            to the model itself; the message says which.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None, train: bool = False):
+        _require_own_functions(model)
         self.module = _copy(model, device, dtype).train(train)
-        if train:
-            for module in self.module.modules():
-                module._buffers.update({k: b.clone() for k, b in module._buffers.items() if b is not None})
         config = getattr(self.module, "config", None)
         if getattr(config, "use_cache", None):  # Hugging Face would keep every layer's keys and values for a next token
             config.use_cache = False
         self.slots = _slots(model, self.module)
+
+    @property
+    def buffers(self) -> list[str]:
+        """Names of the buffers still in place."""
+        return [name for name, slot in self.slots.items() if slot.buffer]
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Places tensors by name, at every module that shares them."""
@@ -66,10 +71,33 @@ class Skeleton:
         return {name: self.slots[name].tensor for name in names}
 
 
+def vocabulary(model: nn.Module) -> int | None:
+    """Token ids that the model's input embedding knows, where the model says which embedding that is (Hugging Face)."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = find() if callable(find) else None
+    except (NotImplementedError, AttributeError):  # vision models inherit the method and have no tokens
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def _require_own_functions(model: nn.Module) -> None:
+    """A function whose closure holds the model would go on reading the user's weights from inside the copy."""
+    own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            held = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
+            if any(id(thing) in own for thing in held.values()):
+                where = f"{name}.{key}" if name else key
+                raise TypeError(f"model: {where} is a function that refers to the model itself; make it a method")
+
+
 def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
+        if not isinstance(tensor, nn.Parameter) and moved.data_ptr() == tensor.data_ptr():
+            moved = moved.clone()  # a forward may write into a buffer: batch norm, a counter, a cache
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
     for module in model.modules():
         if getattr(module, "max_norm", None) is not None:  # an embedding that rescales its weight in place as it reads

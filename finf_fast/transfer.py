@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finf_fast.loss import mapped
+
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The same pytree with every tensor on ``device``; on a CPU nothing is copied."""
-    if isinstance(batch, Mapping):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(to_device(v, device) for v in batch)
-    if not isinstance(batch, Tensor) or batch.device == device:
-        return batch
-    source = batch.pin_memory() if device.type == "cuda" and not batch.is_pinned() else batch
-    return source.to(device, non_blocking=True)
+
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        source = tensor.pin_memory() if device.type == "cuda" and not tensor.is_pinned() else tensor
+        return source.to(device, non_blocking=True)
+
+    return mapped(move, batch)
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:
     """Samples ``[start, stop)`` of a batch, as views."""
-    if isinstance(batch, Mapping):
-        return {k: rows(v, start, stop) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(rows(v, start, stop) for v in batch)
-    return batch[start:stop] if isinstance(batch, Tensor) else batch
+    return mapped(lambda tensor: tensor[start:stop], batch)

@@ -64,29 +64,23 @@ class Update:
         return sum(t.nbytes for t in (*self.params.values(), *self.buffers.values()))
 
     @classmethod
-    def between(
-        cls, before: Mapping[str, Tensor] | nn.Module, after: Mapping[str, Tensor] | nn.Module, **named: Any
-    ) -> Update:
-        """The update that turns one model (or state dict) into another of the same shape; equal tensors are left out.
+    def between(cls, before: nn.Module, after: nn.Module | Mapping[str, Tensor], **named: Any) -> Update:
+        """The update that turns a model into another of its shape, or into a state dict; equal tensors are left out.
 
-        Keyword arguments go to :class:`Update` (``direction``, ``name``, ``record``).
+        Keyword arguments go to :class:`Update` (``direction``, ``name``, ``record``). The change is taken in float32 at
+        least, so that two half-precision checkpoints lose nothing.
 
         Raises:
-            ValueError: the two do not have the same names.
+            TypeError: ``before`` is not a module.
+            ValueError: a tensor of ``before`` is missing in ``after`` or has another shape.
         """
-        old, new = _state(before), _state(after)
-        if old.keys() != new.keys():
-            raise ValueError(f"after: wanted the names of before, differing: {sorted(old.keys() ^ new.keys())[:5]}")
-        params, buffers = {}, {}
-        for name, tensor in old.items():
-            if not torch.equal(tensor, new[name]):
-                if isinstance(before, nn.Module) and name not in dict(before.named_parameters()):
-                    buffers[name] = new[name].detach().clone()
-                elif tensor.is_floating_point():
-                    params[name] = (new[name] - tensor).detach()
-                else:
-                    buffers[name] = new[name].detach().clone()
-        return cls(params, buffers, **named)
+        if not isinstance(before, nn.Module):
+            raise TypeError(f"before: wanted a torch.nn.Module, got {type(before).__name__}")
+        new = dict(after.state_dict()) if isinstance(after, nn.Module) else dict(after)
+        params = _differing(dict(before.named_parameters()), new)
+        buffers = _differing({n: b for n, b in before.named_buffers() if n in before.state_dict()}, new)
+        changes = {name: _wide(value) - _wide(old) for name, (old, value) in params.items()}
+        return cls(changes, {name: value.clone() for name, (_, value) in buffers.items()}, **named)
 
     def save(self, path: str | Path) -> None:
         """Writes the update with ``torch.save``: tensors and plain values, so it loads with ``weights_only=True``."""
@@ -116,11 +110,43 @@ def fingerprint(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> s
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of the model's class, its structure (``repr``: hyper-parameters too), every parameter and buffer."""
-    shape = {"class": f"{type(model).__module__}.{type(model).__qualname__}", "structure": repr(model)}
-    buffers = {f"buffer {name}": b for name, b in model.named_buffers()}
-    return fingerprint(shape, {**dict(model.named_parameters()), **buffers})
+    """Hash of the model's class, structure, parameters, buffers, and of every module's plain attributes.
+
+    Plain are numbers, strings, tuples and lists of them, and tensors; a Hugging Face configuration is taken whole. What
+    else a module holds (an object of a class of the user's own) is not seen.
+    """
+    plain, tensors = {}, {**dict(model.named_parameters()), **{f"buffer {n}": b for n, b in model.named_buffers()}}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                tensors[f"attribute {name}.{key}"] = value
+            elif key not in ("training", "config") and not key.startswith("_") and _plain(value):
+                plain[f"{name}.{key}"] = repr(value)
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        plain["config"] = config.to_dict()
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    return fingerprint({"class": kind, "structure": repr(model), "attributes": plain}, tensors)
 
 
-def _state(source: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
-    return dict(source.state_dict()) if isinstance(source, nn.Module) else dict(source)
+def _plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype))
+
+
+def _differing(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (old, new) of the tensors that are not equal."""
+    found = {}
+    for name, tensor in old.items():
+        if name not in new:
+            raise ValueError(f"after: wanted a tensor {name!r}, got none")
+        if new[name].shape != tensor.shape:
+            raise ValueError(f"after: {name!r} wanted shape {tuple(tensor.shape)}, got {tuple(new[name].shape)}")
+        if not torch.equal(tensor, new[name]):
+            found[name] = (tensor.detach(), new[name].detach())
+    return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

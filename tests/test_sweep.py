@@ -73,7 +73,7 @@ def test_one_forward_for_the_base_however_many_queries():
     updates = ups(model, data)
     count = lambda net, batch: calls.append(1) or net(batch[0]).square().sum(1)  # noqa: E731
     ff.sweep(model, updates, data, loss=count, batch_size=8)
-    assert len(calls) == 4 * (1 + len(updates)) + 1  # four batches, and the probe
+    assert len(calls) == 4 * (1 + len(updates)) + 2  # four batches, and the probe, which runs twice
 
 
 def test_the_model_is_left_as_it_was_whatever_happens():
@@ -335,3 +335,123 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
     with pytest.raises((OSError, ValueError), match="file"):
         ff.sweep(model, ups(model, data), data, out=tmp_path / "file" / "run", progress=lambda *a: calls.append(a))
     assert calls == []
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.line, self.factor = nn.Linear(12, 5), factor
+
+    def forward(self, x):
+        return self.line(x) * self.factor
+
+
+def test_a_plain_attribute_is_part_of_the_model_s_identity(tmp_path):
+    torch.manual_seed(0)
+    model, data = Scaled(1.0).double(), mlp()[1]
+    updates = ups(model, data)
+    ff.sweep(model, updates, data, out=tmp_path / "run")
+    model.factor = 10.0
+    with pytest.raises(ff.ManifestMismatch, match="model"):
+        ff.sweep(model, updates, data, out=tmp_path / "run")
+
+
+def test_another_callable_of_the_same_name_is_another_loss(tmp_path):
+    model, data = mlp()
+    updates = ups(model, data)
+
+    def powered(power):
+        return lambda net, batch: net(batch[0]).abs().pow(power).sum(1)
+
+    ff.sweep(model, updates, data, loss=powered(2), out=tmp_path / "run")
+    ff.sweep(model, updates, data, loss=powered(2), out=tmp_path / "run")
+    with pytest.raises(ff.ManifestMismatch, match="code"):
+        ff.sweep(model, updates, data, loss=powered(3), out=tmp_path / "run")
+
+
+def test_kept_nans_are_not_handed_to_one_who_wants_an_error(tmp_path):
+    model, data = nan_at(5)
+    updates = ups(model, (data[0][10:], data[1][10:]))
+    ff.sweep(model, updates, data, nonfinite="keep", out=tmp_path / "run")
+    with pytest.raises(ff.ManifestMismatch, match="nonfinite"):
+        ff.sweep(model, updates, data, out=tmp_path / "run")
+
+
+def test_dropout_left_on_is_found_out():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = nn.Linear(12, 5)
+
+        def forward(self, x):
+            return torch.nn.functional.dropout(self.line(x), 0.5)
+
+    torch.manual_seed(0)
+    model, data = Noisy().double(), mlp()[1]
+    with pytest.raises(ValueError, match="same output twice"):
+        ff.sweep(model, [ff.Update({"line.bias": torch.ones(5).double()})], data)
+
+
+def test_an_id_outside_an_embedding_of_the_user_s_own_names_the_sample():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 5)).double()
+    ids, y = torch.randint(0, 10, (30, 3)), torch.randint(0, 5, (30,))
+    updates = [ff.mirror(model, (ids[:1], y[:1]))]
+    for bad in (0, 17):
+        broken = ids.clone()
+        broken[bad, 1] = 50
+        with pytest.raises(ff.BadSample, match=f"sample {bad} .*index out of range"):
+            ff.sweep(model, updates, (broken, y), batch_size=8)
+
+
+def test_per_token_by_the_loss_itself_and_room_for_the_longest():
+    model, data = language_model()
+    update = ff.mirror(model, data[0]["input_ids"][None], loss="causal_lm")
+    scores = ff.sweep(model, [update], data, loss=ff.loss.CausalLM(per_token=True), batch_size=8)
+    assert scores.token_delta.shape == (1, 30, 8)  # the longest of the ragged samples
+    longer = [*data * 3, {k: v.repeat(2) for k, v in data[5].items()}]
+    with pytest.raises(ValueError, match="per_token: room was made for 8 tokens"):
+        ff.sweep(model, [update], longer, loss="causal_lm", per_token=True)
+
+
+def test_forward_inf_hands_options_to_the_method_and_refuses_the_rest():
+    model, (x, y) = mlp()
+    plain = ff.forward_inf(model, (x, y), (x[:2], y[:2]), method="adam", lr=1e-3)
+    decayed = ff.forward_inf(model, (x, y), (x[:2], y[:2]), method="adam", lr=1e-3, options={"weight_decay": 0.5})
+    assert not np.array_equal(plain.delta, decayed.delta)
+    with pytest.raises(TypeError, match="colour"):
+        ff.forward_inf(model, (x, y), (x[:2], y[:2]), colour="red")
+
+
+def test_a_target_of_another_shape_is_refused_not_reshaped():
+    model, x = nn.Conv2d(3, 3, 1).double(), torch.randn(6, 3, 4, 5).double()
+    update = ff.Update({"bias": torch.ones(3).double()})
+    with pytest.raises(ValueError, match="target"):
+        ff.sweep(model, [update], (x, x.permute(0, 2, 3, 1).contiguous()), loss="squared_error")
+    with pytest.raises(ValueError, match="target"):
+        ff.sweep(model, [update], (x, torch.zeros(6, 5, 4).long()))
+
+
+def test_update_between_two_models():
+    before, data = conv_net()
+    torch.manual_seed(7)
+    after = type(before)().double()
+    after.train()(torch.randn(8, 3, 6, 6).double())
+    update = ff.Update.between(before, after)
+    scores = ff.sweep(before, [update], data)
+    check(scores, *plain_scores(before, [update], resolve("cross_entropy"), [data]), 1e-12)
+    loss = resolve("cross_entropy").per_sample(after.eval(), data).detach().numpy()
+    np.testing.assert_allclose(scores.base + scores.delta[0], loss, atol=1e-12)
+    with pytest.raises(ValueError, match="wanted shape"):
+        ff.Update.between(before, {**after.state_dict(), "a.weight": torch.zeros(1)})
+    with pytest.raises(TypeError, match="before"):
+        ff.Update.between(before.state_dict(), after)
+
+
+def test_update_between_tied_half_precision_checkpoints():
+    model, _ = language_model()
+    half = model.bfloat16()
+    other = {k: v + 0.01 for k, v in half.state_dict().items()}
+    update = ff.Update.between(half, other)
+    assert "head.weight" not in update.params and update.params["embed.weight"].dtype == torch.float32
+    assert torch.equal(half.embed.weight.float() + update.params["embed.weight"], other["embed.weight"].float())

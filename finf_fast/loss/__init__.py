@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finf_fast.loss.base import Loss, Result
+from finf_fast.loss.base import Loss, Result, mapped
 from finf_fast.loss.custom import Custom
 from finf_fast.loss.entropy import CausalLM, CrossEntropy, MaskedLM, Seq2Seq
 from finf_fast.loss.squared_error import SquaredError
@@ -25,6 +25,7 @@ __all__ = [
     "Result",
     "Seq2Seq",
     "SquaredError",
+    "mapped",
     "resolve",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,15 @@ class Loss(ABC):
     def settings(self) -> dict[str, Any]:
         """What changes the numbers, for the manifest."""
         return {"loss": self.name, **{k: v for k, v in vars(self).items() if not k.startswith("_")}}
+
+
+def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """``function`` of every tensor of a batch, in containers of their own."""
+    if isinstance(batch, Mapping):
+        return {key: mapped(function, value) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(mapped(function, value) for value in batch)
+    return function(batch) if isinstance(batch, Tensor) else batch
 
 
 def batch_size(batch: Any) -> int:

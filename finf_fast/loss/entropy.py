@@ -101,7 +101,8 @@ class CrossEntropy(Loss):
     def _rows_of(self, value: Tensor, batch: Any) -> Tensor:
         """(N,) targets, one for each row of the logits ``value`` (B, ..., V)."""
         target = self.target(batch)
-        if target.numel() * value.shape[-1] != value.numel() or target.shape[0] != value.shape[0]:
+        rows, given = value.shape[1:-1], target.shape[1:]
+        if target.shape[0] != value.shape[0] or [n for n in rows if n != 1] != [n for n in given if n != 1]:
             raise ValueError(
                 f"target: wanted one index for each row of the logits {tuple(value.shape)}, got {tuple(target.shape)}"
             )

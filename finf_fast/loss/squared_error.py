@@ -41,7 +41,7 @@ class SquaredError(Loss):
         y = split(batch)[2]
         if y is None:
             raise ValueError("corpus: squared_error wants a target, (x, y) or a dict with 'labels', got none")
-        if y.numel() != p.numel() or y.shape[0] != p.shape[0]:
+        if [n for n in y.shape[1:] if n != 1] != [n for n in p.shape[1:] if n != 1] or y.shape[0] != p.shape[0]:
             raise ValueError(f"target: wanted the prediction's shape {tuple(p.shape)}, got {tuple(y.shape)}")
         return y.to(p.dtype).reshape(p.shape)
 

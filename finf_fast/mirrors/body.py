@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from finf_fast.loss import Loss
+from finf_fast.loss import Loss, mapped
 from finf_fast.mirrors.choose import Filter, choose
 from finf_fast.mirrors.query import Query
 from finf_fast.records import BadSample, NonFiniteLoss
-from finf_fast.skeleton import Skeleton
+from finf_fast.skeleton import Skeleton, vocabulary
 
 ONE_ROW = "Expected more than 1 value per channel"  # how torch's batch norm begins its complaint
 
@@ -47,7 +47,7 @@ class Body:
         self._skeleton = Skeleton(model, self.device, self.dtype, train)
         self.weights = self._skeleton.base(names)
         self._buffers = {name: slot.tensor for name, slot in self._skeleton.slots.items() if slot.buffer}
-        self._vocabulary, self._outputs = _vocabulary(model), None
+        self._vocabulary, self._outputs = vocabulary(model), None
 
     def begin(self) -> None:
         """The model as the user gave it: θ, and fresh copies of its buffers."""
@@ -71,7 +71,7 @@ class Body:
             ValueError: batch norm in train mode saw one value a channel, or a token id is outside its embedding.
         """
         with _explained(query.who):
-            losses = self._loss.per_sample(self._skeleton.module, query.batch)
+            losses = self._loss.per_sample(self._skeleton.module, mapped(torch.clone, query.batch))
         finite = torch.isfinite(losses)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0, 0])
@@ -143,7 +143,7 @@ class Body:
         self.begin()
         self._skeleton.module.eval()  # batch norm would not take a single row
         with torch.no_grad(), forked(self.device), _explained(query.who):
-            return self._loss.output(self._skeleton.module, query.batch).shape[-1]
+            return self._loss.output(self._skeleton.module, mapped(torch.clone, query.batch)).shape[-1]
 
     @contextlib.contextmanager
     def _unmoved(self) -> Iterator[None]:
@@ -192,12 +192,6 @@ def require_finite(tensors: Mapping[str, Tensor], what: str, who: str) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteLoss(f"{who}: wanted a finite {what}, got NaN or infinity in that of {name!r}")
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    """Token ids the input embedding knows, where the model says which embedding that is (Hugging Face)."""
-    find = getattr(model, "get_input_embeddings", None)
-    return getattr(find() if callable(find) else None, "num_embeddings", None)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ Per batch: a forward with the weights as they are, a forward with each query's w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finf_fast.loss import Loss, Result
+from finf_fast.loss import Loss, Result, mapped
 from finf_fast.pair import fold, linear
 from finf_fast.pair.weights import WeightSets
 from finf_fast.skeleton import Skeleton
@@ -76,16 +76,17 @@ class PairEngine:
 
         A model that writes into its input is found out here; it is given a copy for every forward from then on.
         """
-        batch = _mapped(torch.clone, batch)
-        before = _versions(batch)
-        with torch.inference_mode(), self._products():
-            value = self._forward(self._weights.base, self._cast(batch))
+        with self._settings():
+            batch = self._cast(mapped(torch.clone, batch))
+            before = _versions(batch)
+            with torch.inference_mode():
+                value = self._forward(self._weights.base, batch)
         self._writes_input = self._writes_input or _versions(batch) != before
         return value
 
     def score(self, batch: Any) -> Result:
         """Base and delta of every sample of a batch that lies on the engine's device."""
-        with torch.inference_mode(), self._products():
+        with self._settings(), torch.inference_mode():
             batch = self._cast(batch)
             value = self._forward(self._weights.base, batch)
             parts = [self.loss.finish(value, change, batch) for change in self._changes(value, batch)]
@@ -107,10 +108,21 @@ class PairEngine:
 
     def _forward(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         self._body.put(weights)
-        return self.loss.output(self._body.module, _mapped(torch.clone, batch) if self._writes_input else batch)
+        for (
+            name
+        ) in self._body.buffers:  # a forward that counts or caches in a buffer starts from the same one each time
+            self._body.put({name: weights.get(name, self._weights.base[name]).clone()})
+        fresh = mapped(torch.clone if self._writes_input else _same, batch)
+        return self.loss.output(self._body.module, fresh)
 
-    def _products(self) -> contextlib.AbstractContextManager:
-        return linear.OneDnnLinear() if self._onednn else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """The user's autocast off, whose half precision would be subtracted here, and the fast product on."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if self._onednn:
+                stack.enter_context(linear.OneDnnLinear())
+            yield
 
     def _cast(self, batch: Any) -> Any:
         """Floating inputs in the engine's dtype, images channels-last where there are convolutions."""
@@ -121,22 +133,17 @@ class PairEngine:
             image = self._images and tensor.dim() == 4
             return tensor.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
 
-        return _mapped(cast, batch)
+        return mapped(cast, batch)
 
 
-def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """``function`` of every tensor of a batch."""
-    if isinstance(batch, Mapping):
-        return {k: _mapped(function, v) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(_mapped(function, v) for v in batch)
-    return function(batch) if isinstance(batch, Tensor) else batch
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _versions(batch: Any) -> list[int]:
     """How often each tensor of a batch has been written into."""
     found: list[int] = []
-    _mapped(lambda tensor: found.append(tensor._version) or tensor, batch)
+    mapped(lambda tensor: found.append(tensor._version) or tensor, batch)
     return found
 
 

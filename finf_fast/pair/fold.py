@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution or linear layer before it, where the graph proves that this is exact.
+"""Batch norm folded into the convolution before it, where the graph proves that this is exact.
 
 In eval mode batch norm is ``y·a + c`` with ``a = γ/√(var+ε)`` and ``c = β − mean·a``, so it disappears into the
 weight and bias of the layer it follows, for the base model and for every updated one alike. It is done only where
@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 from finf_fast.skeleton import Skeleton, Slot
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# Not linear layers: behind one, batch norm scales the last dimension of (B, C) but the first of (B, L, C).
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -95,7 +96,5 @@ def _pair(node: fx.Node, modules: dict[str, nn.Module], calls: Counter, direct: 
     if type(layer) not in LAYERS or len(source.users) != 1 or calls[source.target] != 1 or calls[node.target] != 1:
         return None
     if {source.target, node.target} & direct or layer._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
-        return None
-    if isinstance(layer, nn.Linear) and not isinstance(norm, nn.BatchNorm1d):
         return None
     return Fold(source.target, node.target, norm.eps)

@@ -25,7 +25,13 @@ class OneDnnLinear(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
-        if func is torch.addmm and not kwargs and len(args) == 3 and args[0].dim() == 1 and _fits(args[1], args[2]):
+        if (
+            func is torch.addmm
+            and not kwargs
+            and len(args) == 3
+            and args[0].shape == args[2].shape[1:]
+            and _fits(args[1], args[2])
+        ):
             return torch.ops.mkldnn._linear_pointwise(args[1], args[2].t(), args[0], "none", [], "")
         return func(*args, **kwargs)
 
