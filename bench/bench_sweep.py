@@ -112,7 +112,7 @@ def small() -> nn.Module:
 
 # What is run: model, data, loss, samples for Q queries, batch of the released loop (the notebook's images: 128).
 CASES = {
-    "resnet18": (ResNet18, Images, "cross_entropy", {1: 1024, 4: 512, 16: 256, 64: 128}, 128),
+    "resnet18": (ResNet18, Images, "cross_entropy", {1: 1024, 4: 512, 16: 256, 64: 64}, 128),
     "gpt2": (gpt2, Tokens, "causal_lm", {1: 16, 4: 8, 16: 2, 64: 1}, 4),
     "small": (small, Images, "cross_entropy", {1: 60000, 4: 60000, 16: 60000, 64: 20000}, 128),
 }
