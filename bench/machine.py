@@ -48,11 +48,11 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Short hash of this checkout, with + where files other than the results differ from it; None outside a checkout."""
+    """Short hash of this checkout, with + where files differ from it (results aside); None outside a checkout."""
     here = Path(__file__).parent
     try:
         head = _git("rev-parse", "--short=12", "HEAD", cwd=here)
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results", cwd=here)
+        changed = _git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)bench/results", cwd=here)
         return head + ("+" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
