@@ -14,7 +14,7 @@ from finf_fast import demo
 
 
 def rows(name: str) -> list[dict[str, object]]:
-    """One row a way; where near duplicates were planted, the demo's own way also tells how many came in the first five."""
+    """One row a way; where near duplicates were planted, the demo's own way also counts those in the first five."""
     with tempfile.TemporaryDirectory() as folder:
         (result,) = demo.run(name, folder)
     count = len(result.found)
