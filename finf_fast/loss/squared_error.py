@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finf_fast import ops
 from finf_fast.loss.base import Loss, Result, prediction, split
 
 
@@ -29,9 +30,11 @@ class SquaredError(Loss):
 
     def finish(self, value: Tensor, change: Tensor, batch: Any) -> Result:
         y = self._target(value, batch)
-        base = self._reduce((value - y).square(), 1)
-        delta = self._reduce(change * (2 * (value - y) + change), 2)  # (p1-p0)(p1+p0-2y): no difference of squares
-        return Result(base, delta)
+        samples = len(value)
+        D = value[0].numel() if samples else 0
+        p, dp = value.reshape(samples, D), change.reshape(len(change), samples, D)
+        base, delta = ops.squared_error_delta(p, dp, y.reshape(samples, D))
+        return Result(base / D, delta / D) if self.reduction == "mean" else Result(base, delta)
 
     def per_sample(self, model: Any, batch: Any) -> Tensor:
         p = self.output(model, batch)

@@ -27,7 +27,8 @@ def register(name: str, schema: str, fake: Callable) -> Callable[[Callable], Cal
 
     def decorate(function: Callable) -> Callable:
         _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        # No operation here has a derivative; a parameter among the inputs must not start a graph through its insides.
+        _LIBRARY.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"finf_fast::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.finf_fast, name).default
 

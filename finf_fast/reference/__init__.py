@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from finf_fast.reference.activation_delta import activation_delta
+from finf_fast.reference.attention_delta import attention_delta
 from finf_fast.reference.cross_entropy_delta import cross_entropy_delta
+from finf_fast.reference.group_norm_delta import group_norm_delta
+from finf_fast.reference.layer_norm_delta import layer_norm_delta
+from finf_fast.reference.linear_cross_entropy_delta import linear_cross_entropy_delta
+from finf_fast.reference.linear_delta import linear_delta
+from finf_fast.reference.rms_norm_delta import rms_norm_delta
 from finf_fast.reference.segment_sum import segment_sum
+from finf_fast.reference.squared_error_delta import squared_error_delta
 from finf_fast.reference.topk_merge import topk_merge
 
-__all__ = ["cross_entropy_delta", "segment_sum", "topk_merge"]
+__all__ = [
+    "activation_delta",
+    "attention_delta",
+    "cross_entropy_delta",
+    "group_norm_delta",
+    "layer_norm_delta",
+    "linear_cross_entropy_delta",
+    "linear_delta",
+    "rms_norm_delta",
+    "segment_sum",
+    "squared_error_delta",
+    "topk_merge",
+]

@@ -1,0 +1,83 @@
+"""Group norm of a stack of (value, exact changes), its own parameters' changes included."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from finf_fast import reference
+from finf_fast.ops import dispatch
+from finf_fast.ops.border import FLOATS, check_dtype
+from finf_fast.ops.layer_norm_delta import check_norm
+from finf_fast.ops.register import register
+from finf_fast.ops.stacks import check_stack, stacked_queries
+
+__all__ = ["group_norm_delta"]
+
+
+def group_norm_delta(
+    stack: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """What `torch.nn.functional.group_norm` gives, and by how much each query's change moves it.
+
+    As `finf_fast.ops.layer_norm_delta`, over the channels of a group and all of space; the parameters are one number a
+    channel.
+
+    Args:
+        stack: (1+Q, B, C, ...), or (1, B, C, ...) where it has not changed; float32, float64, bfloat16 or float16, any
+            strides.
+        groups: number of groups, a divisor of C.
+        weight: (C), or None for 1; any of those dtypes, as are all parameters.
+        bias: (C), or None for 0.
+        dweight: (Q, C) change of the weight, or None.
+        dbias: (Q, C) change of the bias, or None.
+        eps: added to the variance (in its unit).
+
+    Returns:
+        (1+Q, B, C, ...) in the stack's dtype, contiguous; (1, B, C, ...) where nothing changes. The arithmetic inside
+        is float64 for float64, else float32; results are rounded once.
+
+    Raises:
+        TypeError: a dtype not named above.
+        ValueError: shapes, numbers of queries or devices do not fit; groups does not divide C; eps below 0.
+
+    Source: Wu and He, arXiv 1803.08494, section 3; design section 2, "norms".
+    """
+    return _group_norm_delta(stack, groups, weight, bias, dweight, dbias, eps)
+
+
+def _allocate(stack, groups, weight, bias, dweight, dbias, eps):
+    check_dtype("stack", stack, *FLOATS)
+    check_stack("stack", stack)
+    if stack.dim() < 3:
+        raise ValueError(f"stack: wanted (1+Q, B, C, ...), got shape {tuple(stack.shape)}")
+    C = stack.shape[2]
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups: wanted a divisor of the {C} channels, got {groups}")
+    check_norm(stack, C, "C", weight, bias, dweight, dbias, eps)
+    Q = stacked_queries({"stack": stack}, {"dweight": dweight, "dbias": dbias})
+    return stack.new_empty(1 + Q, *stack.shape[1:])
+
+
+def _run_reference(stack, groups, weight, bias, dweight, dbias, eps):
+    return reference.group_norm_delta(stack, groups, weight, bias, dweight=dweight, dbias=dbias, eps=eps)
+
+
+_FACES = {"reference": _run_reference}
+
+
+@register(
+    "group_norm_delta",
+    "(Tensor stack, int groups, Tensor? weight, Tensor? bias, Tensor? dweight, Tensor? dbias, float eps) -> Tensor",
+    _allocate,
+)
+def _group_norm_delta(stack, groups, weight, bias, dweight, dbias, eps):
+    _allocate(stack, groups, weight, bias, dweight, dbias, eps)
+    face = dispatch.choose("group_norm_delta", stack)
+    return _FACES[face](stack, groups, weight, bias, dweight, dbias, eps)

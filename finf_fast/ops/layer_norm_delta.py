@@ -1,0 +1,118 @@
+"""Layer norm of a stack of (value, exact changes), its own parameters' changes included."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from finf_fast import reference
+from finf_fast.ops import dispatch
+from finf_fast.ops.border import FLOATS, check_dtype, check_same_device, check_shape
+from finf_fast.ops.register import register
+from finf_fast.ops.stacks import check_stack, stacked_queries
+
+__all__ = ["check_norm", "layer_norm_delta"]
+
+
+def layer_norm_delta(
+    stack: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `torch.nn.functional.layer_norm` over the last dimension gives, and how much each query's change moves it.
+
+    A stack holds the value in row 0 and the change of query q in row 1+q. With c the centred values, v their mean
+    square plus eps, r = 1/sqrt(v), and 0, 1 for before and after::
+
+        y[0]    = c0 r0 weight + bias
+        v1 - v0 = mean(dc (2 c0 + dc))
+        r1 - r0 = -(v1 - v0) r0 r1 / (1/r0 + 1/r1)
+        y[1+q]  = (dc r1 + c0 (r1 - r0)) weight + c1 r1 dweight_q + dbias_q
+
+    exactly the difference of the layer after and before, and no term of it a difference of two near numbers.
+
+    Args:
+        stack: (1+Q, ..., D), or (1, ..., D) where it has not changed; float32, float64, bfloat16 or float16, any
+            strides.
+        weight: (D), or None for 1; any of those dtypes, as are all parameters.
+        bias: (D), or None for 0.
+        dweight: (Q, D) change of the weight, or None.
+        dbias: (Q, D) change of the bias, or None.
+        residual: a stack of the same dtype and shape, or (1, ..., D) where it has not changed. It is added first,
+            values to values and changes to changes, and the sum enters the norm before it is rounded.
+        eps: added to the variance (in its unit).
+
+    Returns:
+        (1+Q, ..., D) in the stack's dtype, contiguous; (1, ..., D) where nothing changes. With a residual the pair of
+        that and the sum, whose leading size is the larger one of its terms. The arithmetic inside is float64 for
+        float64, else float32; results are rounded once.
+
+    Raises:
+        TypeError: a dtype not named above, or the residual's is not the stack's.
+        ValueError: shapes, numbers of queries or devices do not fit; eps below 0.
+
+    Source: design section 2, "norms".
+    """
+    out = _layer_norm_delta(stack, weight, bias, dweight, dbias, residual, eps)
+    return out[0] if residual is None else (out[0], out[1])
+
+
+def check_norm(stack: Tensor, C: int, letter: str, weight, bias, dweight, dbias, eps: float) -> None:
+    """Dtypes, shapes and device of a norm's parameters, C of them, and of their changes."""
+    params = {"weight": weight, "bias": bias}
+    changes = {"dweight": dweight, "dbias": dbias}
+    for name, x in (params | changes).items():
+        if x is not None:
+            check_dtype(name, x, *FLOATS)
+            check_same_device(stack=stack, **{name: x})
+    for name, x in params.items():
+        if x is not None:
+            check_shape(name, x, letter, C)
+    for name, x in changes.items():
+        if x is not None:
+            check_shape(name, x, f"Q,{letter}", None, C)
+    if not eps >= 0:
+        raise ValueError(f"eps: wanted a number from 0, got {eps}")
+
+
+def check_row_norm(stack: Tensor, weight, bias, dweight, dbias, residual, eps: float) -> list[Tensor]:
+    """The whole check of a norm over the last dimension, and its results, allocated."""
+    check_dtype("stack", stack, *FLOATS)
+    check_stack("stack", stack)
+    if stack.dim() < 2:
+        raise ValueError(f"stack: wanted (1+Q, ..., D), got shape {tuple(stack.shape)}")
+    check_norm(stack, stack.shape[-1], "D", weight, bias, dweight, dbias, eps)
+    if residual is not None:
+        check_dtype("residual", residual, stack.dtype)
+        check_stack("residual", residual, stack.shape[1:])
+        check_same_device(stack=stack, residual=residual)
+    stacks = {"stack": stack, "residual": residual}
+    Q = stacked_queries(stacks, {"dweight": dweight, "dbias": dbias})
+    out = [stack.new_empty(1 + Q, *stack.shape[1:])]
+    if residual is not None:
+        out.append(stack.new_empty(1 + stacked_queries(stacks), *stack.shape[1:]))
+    return out
+
+
+def _run_reference(stack, weight, bias, dweight, dbias, residual, eps):
+    out = reference.layer_norm_delta(stack, weight, bias, dweight=dweight, dbias=dbias, residual=residual, eps=eps)
+    return [out] if residual is None else list(out)
+
+
+_FACES = {"reference": _run_reference}
+
+
+@register(
+    "layer_norm_delta",
+    "(Tensor stack, Tensor? weight, Tensor? bias, Tensor? dweight, Tensor? dbias, Tensor? residual, float eps)"
+    " -> Tensor[]",
+    check_row_norm,
+)
+def _layer_norm_delta(stack, weight, bias, dweight, dbias, residual, eps):
+    check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
+    face = dispatch.choose("layer_norm_delta", stack)
+    return _FACES[face](stack, weight, bias, dweight, dbias, residual, eps)

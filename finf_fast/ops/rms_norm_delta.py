@@ -1,0 +1,69 @@
+"""RMS norm of a stack of (value, exact changes), its own weight's change included."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from finf_fast import reference
+from finf_fast.ops import dispatch
+from finf_fast.ops.layer_norm_delta import check_row_norm
+from finf_fast.ops.register import register
+
+__all__ = ["rms_norm_delta"]
+
+
+def rms_norm_delta(
+    stack: Tensor,
+    weight: Tensor | None = None,
+    *,
+    dweight: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `torch.nn.functional.rms_norm` over the last dimension gives, and how much each query's change moves it.
+
+    As `finf_fast.ops.layer_norm_delta`, without centring and bias: v is the mean square of the values plus eps, and
+    ``v1 - v0 = mean(d (2 h + d))``. Where a model scales by 1 + weight, the sum is the weight to give.
+
+    Args:
+        stack: (1+Q, ..., D), or (1, ..., D) where it has not changed; float32, float64, bfloat16 or float16, any
+            strides.
+        weight: (D), or None for 1; any of those dtypes.
+        dweight: (Q, D) change of the weight, or None.
+        residual: a stack of the same dtype and shape, or (1, ..., D) where it has not changed; added first.
+        eps: added to the mean square (in its unit).
+
+    Returns:
+        (1+Q, ..., D) in the stack's dtype, contiguous; (1, ..., D) where nothing changes. With a residual the pair of
+        that and the sum.
+
+    Raises:
+        TypeError: a dtype not named above, or the residual's is not the stack's.
+        ValueError: shapes, numbers of queries or devices do not fit; eps below 0.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467, equation 4; design section 2, "norms".
+    """
+    out = _rms_norm_delta(stack, weight, dweight, residual, eps)
+    return out[0] if residual is None else (out[0], out[1])
+
+
+def _allocate(stack, weight, dweight, residual, eps):
+    return check_row_norm(stack, weight, None, dweight, None, residual, eps)
+
+
+def _run_reference(stack, weight, dweight, residual, eps):
+    out = reference.rms_norm_delta(stack, weight, dweight=dweight, residual=residual, eps=eps)
+    return [out] if residual is None else list(out)
+
+
+_FACES = {"reference": _run_reference}
+
+
+@register(
+    "rms_norm_delta",
+    "(Tensor stack, Tensor? weight, Tensor? dweight, Tensor? residual, float eps) -> Tensor[]",
+    _allocate,
+)
+def _rms_norm_delta(stack, weight, dweight, residual, eps):
+    _allocate(stack, weight, dweight, residual, eps)
+    return _FACES[dispatch.choose("rms_norm_delta", stack)](stack, weight, dweight, residual, eps)

@@ -1,0 +1,150 @@
+"""activation_delta: every face, dtype, function and size of change against long double, with and without a gate."""
+
+from __future__ import annotations
+
+import importlib
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from checks import face_fixture
+from finf_fast.ops import activation_delta
+from finf_fast.ops.activation_delta import KINDS
+from finf_fast.reference.changes import CHANGES, VALUES
+from stack_cases import BOUNDS, LONG, SIZES, apart, at, check, draw, exact, make_stack, relative, sizes
+
+dtype = face_fixture("activation_delta")
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def gelu(x):
+    with mpmath.workdps(30):
+        phi = [LONG(str(mpmath.erfc(-mpmath.mpf(str(v)) / mpmath.sqrt(2)) / 2)) for v in x.ravel()]
+    return x * np.array(phi, LONG).reshape(x.shape)
+
+
+TRUE = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": gelu,
+    "gelu_tanh": lambda x: x * sigmoid(2 * np.sqrt(2 / LONG(np.pi)) * (x + LONG("0.044715") * x**3)),
+    "silu": lambda x: x * sigmoid(x),
+    "tanh": np.tanh,
+    "sigmoid": sigmoid,
+    "quick_gelu": lambda x: x * sigmoid(LONG("1.702") * x),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_function_and_size(dtype, kind, size):
+    if size not in sizes(dtype):
+        pytest.skip("float16 cannot hold it")
+    stack = make_stack(2, 4, 37, size=size, dtype=dtype, base=2.0)
+    check(activation_delta(stack, kind), lambda q: TRUE[kind](at(stack, q)), 2, dtype, size)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("moves", ["both", "stack", "gate", "none"])
+def test_gates(dtype, kind, moves):
+    a = make_stack(3 if moves in ("both", "stack") else 0, 5, 33, size=1e-1, dtype=dtype)
+    g = make_stack(3 if moves in ("both", "gate") else 0, 5, 33, size=1e-1, dtype=dtype, seed=5)
+    Q = 0 if moves == "none" else 3
+    check(activation_delta(a, kind, g), lambda q: TRUE[kind](at(a, q)) * at(g, q), Q, dtype)
+
+
+def test_pieces_meet(dtype, monkeypatch):
+    """Under one piece, exactly one, several, ragged."""
+    page = importlib.import_module("finf_fast.reference.activation_delta")
+    stack = make_stack(2, 3, 50, size=1e-2, dtype=dtype)
+    whole = activation_delta(stack, "gelu_tanh")
+    for piece in (1, 3 * 7, 3 * 50, 3 * 75, 3 * 150):
+        monkeypatch.setattr(page, "_PIECE", piece)
+        torch.testing.assert_close(activation_delta(stack, "gelu_tanh"), whole)
+
+
+def test_no_change_is_exactly_zero(dtype):
+    stack = make_stack(2, 40, size=0.0, dtype=dtype, base=8.0)
+    for kind in KINDS:
+        assert not activation_delta(stack, kind)[1:].any()
+
+
+def test_layouts_and_empties(dtype):
+    stack, gate = make_stack(2, 6, 8, size=1e-2, dtype=dtype), make_stack(2, 6, 8, size=1e-2, dtype=dtype, seed=9)
+    torch.testing.assert_close(
+        activation_delta(apart(stack), "silu", apart(gate)), activation_delta(stack, "silu", gate)
+    )
+    assert activation_delta(stack[:, :0], "gelu").shape == (3, 0, 8)
+    assert activation_delta(stack[:1], "gelu").shape == (1, 6, 8)
+    assert activation_delta(stack[:, 0, 0], "gelu").shape == (3,)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck(dtype, gated):
+    stack = make_stack(2, 3, 5, size=1e-2, dtype=dtype)
+    gate = draw(1, 3, 5, dtype=dtype) if gated else None
+    torch.library.opcheck(torch.ops.finf_fast.activation_delta.default, (stack, "silu", gate))
+
+
+def test_compiles_without_a_break():
+    stack = make_stack(2, 3, 5, size=1e-2, dtype=torch.float32)
+    compiled = torch.compile(lambda x: activation_delta(2 * x, "gelu") + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(stack), activation_delta(2 * stack, "gelu") + 1)
+
+
+def test_errors():
+    x = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"kind: wanted one of relu, .* got 'mish'"):
+        activation_delta(x, "mish")
+    with pytest.raises(TypeError, match="stack: wanted float32 .* got int64"):
+        activation_delta(x.long(), "relu")
+    with pytest.raises(ValueError, match=r"stack: wanted a stack \(1\+Q, ...\)"):
+        activation_delta(x[:0], "relu")
+    with pytest.raises(ValueError, match=r"gate: wanted shape \(1\+Q, 4\), got \(3, 5\)"):
+        activation_delta(x, "relu", torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="gate: wanted Q = 2 queries, as stack has, got 1"):
+        activation_delta(x, "relu", torch.zeros(2, 4))
+    with pytest.raises(TypeError, match="gate: wanted float32, got float64"):
+        activation_delta(x, "relu", torch.zeros(3, 4).double())
+    with pytest.raises(ValueError, match="gate: wanted on cpu, where stack is, got meta"):
+        activation_delta(x, "relu", torch.zeros(3, 4, device="meta"))
+
+
+# Teeth: broken operations that the check must catch.
+def after(stack, kind):
+    return torch.cat([VALUES[kind](stack[:1]), VALUES[kind](stack[:1] + stack[1:])])
+
+
+def subtracted(stack, kind):
+    return torch.cat([VALUES[kind](stack[:1]), VALUES[kind](stack[:1] + stack[1:]) - VALUES[kind](stack[:1])])
+
+
+def derivative(stack, kind):
+    h = stack[:1].clone().requires_grad_()
+    slope = torch.autograd.grad(VALUES[kind](h).sum(), h)[0]
+    return torch.cat([VALUES[kind](stack[:1]), slope * stack[1:]])
+
+
+def shifted(stack, kind):
+    return torch.cat([VALUES[kind](stack[:1]), CHANGES[kind](stack[:1], stack[1:]).roll(1, 0)])
+
+
+@pytest.mark.parametrize("broken, size", [(after, 0.1), (subtracted, 1e-6), (derivative, 0.1), (shifted, 0.1)])
+def test_broken_operations_are_caught(broken, size):
+    stack = make_stack(2, 4, 37, size=size, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="relative error"):
+        check(broken(stack, "silu"), lambda q: TRUE["silu"](at(stack, q)), 2, torch.float32, size)
+
+
+def test_a_dropped_gate_change_is_caught():
+    a, g = (
+        make_stack(2, 4, 9, size=0.1, dtype=torch.float32),
+        make_stack(2, 4, 9, size=0.1, dtype=torch.float32, seed=3),
+    )
+    out = activation_delta(a, "silu", g[:1])
+    true = TRUE["silu"](at(a, 0)) * at(g, 0) - TRUE["silu"](at(a, None)) * at(g, None)
+    assert relative(out[1], true) > 10 * BOUNDS[torch.float32] and exact(out[1]).shape == true.shape

@@ -1,0 +1,235 @@
+"""attention_delta: every face, dtype and size of change against long double; masks, shared heads, soft caps, teeth."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checks import face_fixture
+from finf_fast.ops import attention_delta
+from stack_cases import SIZES, apart, at, check, draw, exact, make_stack, sizes
+
+dtype = face_fixture("attention_delta")
+page = importlib.import_module("finf_fast.reference.attention_delta")
+
+# At size 10 scores reach a few hundred, and so many units of rounding stand in an exponent of that size.
+SLACK = {10.0: 100.0}
+
+
+def true_attention(q, k, v, *, causal=False, scale=None, mask=None, softcap=None):
+    """(B, H, T, E) and so on in long double, by definition."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, group, 1) for x in (k, v))
+    s = np.einsum("bhte,bhse->bhts", q, k) * (1 / np.sqrt(np.longdouble(q.shape[-1])) if scale is None else scale)
+    s = s if softcap is None else softcap * np.tanh(s / softcap)
+    if mask is not None:
+        s = np.where(mask.numpy(), s, -np.inf) if mask.dtype == torch.bool else s + exact(mask)
+    if causal:
+        s = np.where(np.tri(*s.shape[-2:], dtype=bool), s, -np.inf)
+    top = s.max(-1, keepdims=True)
+    e = np.exp(s - np.where(np.isfinite(top), top, 0))
+    total = e.sum(-1, keepdims=True)
+    return np.einsum("bhts,bhse->bhte", e / np.where(total == 0, 1, total), v)
+
+
+def stacks(size, dtype, *, Q=(2, 2, 2), B=2, H=4, Hk=2, T=9, Tk=9, E=16, Ev=8, base=1.0):
+    """q, k and v; Q says how many changes each has."""
+    shapes = (B, H, T, E), (B, Hk, Tk, E), (B, Hk, Tk, Ev)
+    return [
+        make_stack(n, *s, size=size, dtype=dtype, seed=i, base=base)
+        for i, (n, s) in enumerate(zip(Q, shapes, strict=True))
+    ]
+
+
+def held(qkv, dtype, size=0.1, slack=1.0, Q=2, **options):
+    """Run and check."""
+    out = attention_delta(*qkv, **options)
+    check(out, lambda n: true_attention(*(at(x, n) for x in qkv), **options), Q, dtype, size, slack)
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_of_change(dtype, size, causal):
+    if size not in sizes(dtype):
+        pytest.skip("float16 cannot hold it")
+    held(stacks(size, dtype), dtype, size, SLACK.get(size, 1), causal=causal)
+
+
+@pytest.mark.parametrize("Q", [(2, 0, 0), (0, 2, 0), (0, 0, 2), (2, 2, 0), (2, 0, 2), (0, 2, 2), (0, 0, 0)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_any_of_the_three_may_stand_still(dtype, Q, softcap):
+    held(stacks(0.1, dtype, Q=Q), dtype, Q=max(Q), softcap=softcap)
+
+
+@pytest.mark.parametrize("Hk", [1, 2, 6])
+def test_shared_heads(dtype, Hk):
+    held(stacks(0.1, dtype, H=6, Hk=Hk), dtype, causal=True)
+
+
+@pytest.mark.parametrize("T, Tk", [(5, 11), (11, 5), (1, 7), (7, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_other_lengths_of_keys(dtype, T, Tk, causal):
+    held(stacks(0.1, dtype, T=T, Tk=Tk), dtype, causal=causal)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": 1.0}, {"scale": 0.0}, {"softcap": 0.5}, {"softcap": 30.0, "causal": True}]
+)
+def test_scale_and_softcap(dtype, options):
+    held(stacks(0.1, dtype), dtype, **options)
+
+
+MASKS = {
+    "padding": lambda: (torch.arange(9) < torch.tensor([[9], [4]]))[:, None, None],
+    "shared": lambda: draw(9, 9) > -1,
+    "each": lambda: draw(2, 4, 9, 9) > 0,
+    "additive": lambda: draw(4, 9, 9),
+    "closed": lambda: torch.zeros(9, 9).masked_fill(draw(9, 9) > 0, -torch.inf),
+    "lowest": lambda: torch.zeros(9, 9).masked_fill(draw(9, 9) > 1, torch.finfo(torch.float32).min),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks(dtype, name, causal):
+    mask = MASKS[name]()
+    mask = mask if mask.dtype == torch.bool else mask.float()
+    held(stacks(0.1, dtype), dtype, mask=mask, causal=causal)
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_rows_that_see_nothing(dtype, boolean):
+    """0 and no change, as in torch; the other rows as ever."""
+    mask = torch.ones(9, 9, dtype=torch.bool)
+    mask[3] = False
+    mask = mask if boolean else torch.zeros(9, 9).masked_fill(~mask, -torch.inf)
+    qkv = stacks(0.1, dtype)
+    out = held(qkv, dtype, mask=mask)
+    assert not out[:, :, :, 3].any()
+    heads = [x[0].repeat_interleave(4 // x.shape[2], 1).float() for x in qkv]
+    torch.testing.assert_close(
+        out[0].float(), F.scaled_dot_product_attention(*heads, attn_mask=mask), rtol=1e-2, atol=1e-2
+    )
+
+
+def test_what_is_masked_may_change_without_bound(dtype):
+    """A padded key that jumps by 1e3 neither counts nor costs the others their digits."""
+    qkv = stacks(1e-3, dtype, Q=(2, 2, 2))
+    qkv[1][1:, :, :, 6:] += 1000
+    qkv[2][1:, :, :, 6:] += 1000
+    held(qkv, dtype, 1e-3, mask=torch.arange(9) < 6)
+    causal = stacks(1e-3, dtype, Q=(2, 2, 2))
+    causal[1][1:, :, :, 8] += 1000
+    out = attention_delta(*causal, causal=True)[:, :, :, :8]
+    wanted = attention_delta(*(x[:, :, :, :8] for x in causal), causal=True)
+    torch.testing.assert_close(out, wanted, rtol=1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("lead", [10.0, 20.0])
+def test_rows_that_look_at_one_key(dtype, lead):
+    """The change of p there is that of what little is left of the others; its digits survive."""
+    if dtype == torch.float16:
+        pytest.skip("the result is below what float16 holds")
+    q, k, v = stacks(1e-3, dtype, Q=(2, 2, 0), H=1, Hk=1, B=1)
+    k[0, :, :, 4] = lead / 4 * q[0].mean(2)
+    mask = torch.zeros(9)
+    mask[4] = lead
+    held([q, k, v], dtype, 1e-3 * math.exp(-lead), slack=10, mask=mask)
+
+
+def test_leaps_of_scores(dtype):
+    """A key that had no chance takes the whole row, and the other way round."""
+    q, k, v = stacks(0.1, dtype, Q=(2, 2, 2), base=1.0)
+    k[1, :, :, 3] = 64
+    k[2, :, :, 5] = -64
+    out = held([q, k, v], dtype, slack=100)
+    assert out.isfinite().all()
+    mask = torch.zeros(9)
+    mask[3] = -60
+    held([q, k, v], dtype, slack=100, mask=mask)
+
+
+@pytest.mark.parametrize("piece", [1, 3 * 2 * 9 * 2, 3 * 2 * 9 * 4, 3 * 2 * 9 * 9])
+@pytest.mark.parametrize("causal", [False, True])
+def test_pieces_meet(dtype, monkeypatch, piece, causal):
+    """One row of queries a piece, two, four with a ragged end, all."""
+    monkeypatch.setattr(page, "_PIECE", piece)
+    held(stacks(0.1, dtype), dtype, causal=causal, mask=MASKS["each"]())
+
+
+def test_no_change_is_exactly_zero(dtype):
+    assert not attention_delta(*stacks(0.0, dtype), causal=True, softcap=2.0)[1:].any()
+
+
+def test_layouts_and_empties(dtype):
+    q, k, v = stacks(0.1, dtype)
+    whole = attention_delta(q, k, v, causal=True)
+    torch.testing.assert_close(attention_delta(apart(q), apart(k), apart(v), causal=True), whole)
+    assert attention_delta(q[:, :0], k[:, :0], v[:, :0]).shape == (3, 0, 4, 9, 8)
+    assert attention_delta(q[:, :, :, :0], k, v).shape == (3, 2, 4, 0, 8)
+    none = attention_delta(q, k[:, :, :, :0], v[:, :, :, :0])
+    assert none.shape == (3, 2, 4, 9, 8) and not none.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(dtype, masked):
+    mask = MASKS["padding"]() if masked else None
+    args = (*stacks(0.1, dtype), True, None, mask, 5.0)
+    torch.library.opcheck(torch.ops.finf_fast.attention_delta.default, args)
+
+
+def test_errors():
+    q, k, v = stacks(0.1, torch.float32)
+    with pytest.raises(ValueError, match="k: wanted a number of heads that divides q's 4, got 3"):
+        attention_delta(q, *(torch.zeros(3, 2, 3, 9, 16) for _ in "kv"))
+    with pytest.raises(ValueError, match=r"v: wanted shape \(1\+Q,B,H',T',E'\) = .* got \(3, 2, 2, 8, 8\)"):
+        attention_delta(q, k, v[:, :, :, :8])
+    with pytest.raises(ValueError, match="k: wanted Q = 2 queries, as q has, got 3"):
+        attention_delta(q, torch.cat([k, k[:1]]), v)
+    with pytest.raises(TypeError, match="v: wanted float32, got float64"):
+        attention_delta(q, k, v.double())
+    with pytest.raises(
+        ValueError, match=r"mask: wanted a shape that broadcasts to .*= \(2, 4, 9, 9\), got \(3, 1, 9, 9\)"
+    ):
+        attention_delta(q, k, v, mask=torch.zeros(3, 1, 9, 9))
+    with pytest.raises(TypeError, match="mask: wanted bool or .* got int64"):
+        attention_delta(q, k, v, mask=torch.zeros(9, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="softcap: wanted a number above 0 or None, got 0"):
+        attention_delta(q, k, v, softcap=0.0)
+
+
+# Teeth.
+def subtracted(q, k, v):
+    def f(n):
+        x = [s[0] if n is None else s[0] + s[1 + n] for s in (q, k, v)]
+        return F.scaled_dot_product_attention(x[0], *(y.repeat_interleave(2, 1) for y in x[1:]))
+
+    return torch.stack([f(None), *[f(n) - f(None) for n in range(len(q) - 1)]])
+
+
+def old_values(q, k, v):
+    """The product rule without its second order."""
+    out = attention_delta(q, k, v[:1])
+    out[1:] += attention_delta(q[:1], k[:1], v)[1:]
+    return out
+
+
+def neighbour_heads(q, k, v):
+    return attention_delta(q, k.flip(2), v.flip(2))
+
+
+def causal(q, k, v):
+    return attention_delta(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("broken, size", [(subtracted, 1e-4), (neighbour_heads, 0.1), (causal, 0.1), (old_values, 0.1)])
+def test_broken_operations_are_caught(broken, size):
+    qkv = stacks(size, torch.float32)
+    with pytest.raises(AssertionError, match="relative error"):
+        check(broken(*qkv), lambda n: true_attention(*(at(x, n) for x in qkv)), 2, torch.float32, size)
