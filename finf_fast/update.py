@@ -1,9 +1,10 @@
-"""The change of weights that one query makes: θ' = θ + change, and the buffers that travelled with it."""
+"""The change of weights that one query makes: θ' = θ + change, dense or as two thin factors, and moved buffers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor, nn
+
+from finf_fast.lowrank import LowRank, parts
 
 DIRECTIONS = ("ascent", "descent")
 
@@ -21,14 +24,15 @@ class Update:
     survives.
 
     Attributes:
-        params: name -> dense change θ' − θ of that parameter, its shape; names as in ``model.named_parameters()``.
+        params: name -> change θ' − θ of that parameter, its shape: a tensor or, of a 2-D parameter, a
+            :class:`finf_fast.LowRank`; names as in ``model.named_parameters()``. What is not named does not change.
         buffers: name -> new value of that buffer (running statistics); names as in ``model.named_buffers()``.
         direction: ``"ascent"`` (the query's loss went up: positive delta = helpful) or ``"descent"``.
         name: what reports and columns call this query.
         record: how it was made; JSON-able.
     """
 
-    params: Mapping[str, Tensor]
+    params: Mapping[str, Tensor | LowRank]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     direction: str = "ascent"
     name: str = ""
@@ -44,23 +48,25 @@ class Update:
             ("parameter", self.params, dict(model.named_parameters())),
             ("buffer", self.buffers, dict(model.named_buffers())),
         ):
-            for name, tensor in mine.items():
+            for name, change in mine.items():
                 if name not in theirs:
                     raise ValueError(f"updates: the model has no {kind} {name!r}")
-                if tensor.shape != theirs[name].shape:
+                if change.shape != theirs[name].shape:
                     raise ValueError(
-                        f"updates: {kind} {name!r} wanted shape {tuple(theirs[name].shape)}, got {tuple(tensor.shape)}"
+                        f"updates: {kind} {name!r} wanted shape {tuple(theirs[name].shape)}, got {tuple(change.shape)}"
                     )
 
     @property
     def fingerprint(self) -> str:
-        """Hash of every name and value."""
+        """Hash of every name and value; factors are hashed as such, so a dense twin of the update has another hash."""
+        changes = {name + key: part for name, change in self.params.items() for key, part in parts(change).items()}
         return fingerprint(
-            {"direction": self.direction}, {**self.params, **{f"buffer {k}": v for k, v in self.buffers.items()}}
+            {"direction": self.direction}, {**changes, **{f"buffer {k}": v for k, v in self.buffers.items()}}
         )
 
     @property
     def nbytes(self) -> int:
+        """Of all tensors held, factors as they are."""
         return sum(t.nbytes for t in (*self.params.values(), *self.buffers.values()))
 
     @classmethod
@@ -82,17 +88,44 @@ class Update:
         changes = {name: _wide(value) - _wide(old) for name, (old, value) in params.items()}
         return cls(changes, {name: value.clone() for name, (_, value) in buffers.items()}, **named)
 
+    @classmethod
+    def masking(cls, model: nn.Module, heads: Mapping[str, Iterable[int]], head_size: int, **named: Any) -> Update:
+        """The update that takes attention heads out, as AttentionInfluence does (Hua et al., 2025, arXiv 2505.07293).
+
+        A head speaks only through its ``head_size`` input columns of the output projection; the change is −W there and
+        0 elsewhere. Factors where they pay (twice their rank is below both sides), else dense; float32 at least.
+
+        Args:
+            model: not modified.
+            heads: name of the output projection, as in ``model.named_modules()`` -> numbers of the heads to take out.
+                The projection is an ``nn.Linear``, or a Hugging Face ``Conv1D``, whose weight lies the other way round.
+            head_size: input columns of a head.
+            named: goes to :class:`Update` (``direction``, ``name``, ``record``).
+
+        Raises:
+            TypeError: a named module is neither of the two, or a head's number is no whole number.
+            ValueError: no heads; a module that the model has not, or whose weight is another module's too or no
+                parameter; a head that it has not; a ``head_size`` that does not divide its inputs.
+        """
+        if not heads:
+            raise ValueError("heads: wanted at least one output projection, got none")
+        taken = {name: sorted({_whole(name, head) for head in numbers}) for name, numbers in heads.items()}
+        changes = dict(_masked(model, name, numbers, head_size) for name, numbers in taken.items())
+        named.setdefault("record", {"method": "masking", "heads": taken, "head_size": head_size})
+        return cls(changes, **named)
+
     def save(self, path: str | Path) -> None:
         """Writes the update with ``torch.save``: tensors and plain values, so it loads with ``weights_only=True``."""
-        torch.save(
-            {**vars(self), "params": dict(self.params), "buffers": dict(self.buffers), "record": dict(self.record)},
-            path,
-        )
+        params = {name: vars(c) if isinstance(c, LowRank) else c for name, c in self.params.items()}
+        plain = {"params": params, "buffers": dict(self.buffers), "record": dict(self.record)}
+        torch.save({**vars(self), **plain}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Update:
         """Reads what :meth:`save` wrote."""
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        plain = torch.load(path, map_location="cpu", weights_only=True)
+        params = {name: LowRank(**c) if isinstance(c, Mapping) else c for name, c in plain.pop("params").items()}
+        return cls(params, **plain)
 
 
 def fingerprint(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -150,3 +183,54 @@ def _differing(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _whole(name: str, head: Any) -> int:
+    if isinstance(head, bool) or not hasattr(head, "__index__"):
+        raise TypeError(f"heads: {name!r} wanted whole numbers, got {head!r}")
+    return operator.index(head)
+
+
+def _masked(model: nn.Module, name: str, heads: list[int], head_size: int) -> tuple[str, Tensor | LowRank]:
+    """Name of the projection's weight, and its change: −W on the columns that read ``heads``."""
+    module = dict(model.named_modules()).get(name)
+    if module is None:
+        raise ValueError(f"heads: the model has no module {name!r}")
+    turned = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # (in, out), of Hugging Face
+    if not turned and not isinstance(module, nn.Linear):
+        raise TypeError(f"heads: {name!r} wanted nn.Linear or Conv1D, got {type(module).__name__}")
+    weight = module.weight.detach()
+    columns = _columns(name, heads, head_size, weight.shape[0 if turned else 1]).to(weight.device)
+    change = _without(weight.T if turned else weight, columns)
+    return _own_weight(model, name, module), (change.t() if turned else change)
+
+
+def _columns(name: str, heads: list[int], head_size: int, width: int) -> Tensor:
+    """Numbers of the input columns that belong to these heads."""
+    if isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1 or width % head_size:
+        raise ValueError(f"head_size: wanted a divisor of the {width} inputs of {name!r}, got {head_size!r}")
+    if not heads:
+        raise ValueError(f"heads: {name!r} wanted at least one head, got none")
+    if heads[0] < 0 or heads[-1] >= width // head_size:
+        raise ValueError(f"heads: {name!r} wanted heads in [0, {width // head_size}), got {heads}")
+    return (torch.tensor(heads)[:, None] * head_size + torch.arange(head_size)).flatten()
+
+
+def _without(weight: Tensor, columns: Tensor) -> Tensor | LowRank:
+    """−weight (out, in) on some columns, 0 elsewhere."""
+    gone = -_wide(weight[:, columns])
+    if 2 * len(columns) >= min(weight.shape):  # factors cost as much as the matrix
+        return torch.zeros_like(weight, dtype=gone.dtype).index_copy_(1, columns, gone)
+    places = gone.new_zeros(weight.shape[1], len(columns))
+    places[columns, torch.arange(len(columns), device=columns.device)] = 1
+    return LowRank(gone, places)
+
+
+def _own_weight(model: nn.Module, name: str, module: nn.Module) -> str:
+    """Name of the module's weight among the model's parameters."""
+    holders = [n for n, m in model.named_modules() if m._parameters.get("weight") is module.weight]
+    if not holders:
+        raise ValueError(f"heads: {name!r} wanted a weight that is a parameter, got one that is computed")
+    if len(holders) > 1:
+        raise ValueError(f"heads: {name!r} wanted a weight of its own, got one that {', '.join(holders)} share")
+    return next(n for n, parameter in model.named_parameters() if parameter is module.weight)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from finf_fast.loss import Loss
+from finf_fast.lowrank import dense
 from finf_fast.update import Update
 
 
@@ -80,7 +81,7 @@ def plain_losses(model: nn.Module, update: Update | None, loss: Loss, batch) -> 
     other = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         for name, change in (update.params if update else {}).items():
-            other.get_parameter(name).add_(change)
+            other.get_parameter(name).add_(dense(change))
         for name, value in (update.buffers if update else {}).items():
             other.get_buffer(name).copy_(value)
         return loss.per_sample(other, copy.deepcopy(batch))  # a model may write into its input

@@ -144,7 +144,11 @@ def test_a_gradient_or_a_result_that_is_not_finite():
         ({"mode": "test"}, ValueError, "mode: method='sgd' wants 'eval' or 'train', got 'test'"),
         ({"seed": "x"}, TypeError, "seed: wanted a whole number or None, got 'x'"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay: wanted a finite number at least 0"),
-        ({"momentum": 0.9}, TypeError, "method='sgd' takes weight_decay, got momentum"),
+        ({"momentum": 0.9}, TypeError, "method='sgd' takes weight_decay, rank, got momentum"),
+        ({"rank": 0}, ValueError, "rank: wanted a whole number, at least 1, got 0"),
+        ({"rank": -3}, ValueError, "rank: wanted a whole number, at least 1, got -3"),
+        ({"rank": 2.0}, ValueError, "rank: wanted a whole number"),
+        ({"rank": 4, "method": "adam"}, TypeError, "method='adam' takes .*, got rank"),
         ({"method": "adam", "betas": (0.9, 1.0)}, ValueError, r"betas: wanted two numbers in \[0, 1\)"),
     ],
 )

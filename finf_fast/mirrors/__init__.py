@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finf_fast import loss as losses
 from finf_fast.loss import Loss
+from finf_fast.lowrank import squared_norm
 from finf_fast.mirrors.adam import Adam
 from finf_fast.mirrors.base import Method, Step
 from finf_fast.mirrors.body import Body, require_finite, seed_all, stepping
@@ -67,11 +68,13 @@ def mirror(
         name: what reports and errors call this query.
         seed: start of the random draws of train mode and of released; None draws from torch's state as it is.
         device: where to compute; the device of the model's first parameter by default.
-        options: of the method: ``weight_decay`` (sgd, adam), ``betas`` and ``eps`` (adam), ``tries`` (released).
+        options: of the method: ``weight_decay`` (sgd, adam), ``rank`` (sgd, 32 by default; None for dense changes),
+            ``betas`` and ``eps`` (adam), ``tries`` (released).
 
     Returns:
-        :class:`Update` with dense changes in the dtype computed in; its ``record`` says how it was made: settings, the
-        query's loss before and after in the mode used, Euclidean norm of the change.
+        :class:`Update` with changes in the dtype computed in, dense, but for the linear layers of a single sgd step,
+        which are :class:`finf_fast.LowRank` where that pays; its ``record`` says how it was made: settings, the query's
+        loss before and after in the mode used, Euclidean norm of the change, and what a compression discarded.
 
     Raises:
         TypeError: not a module, a leaf of the query that is not numbers, an unknown option.
@@ -174,7 +177,7 @@ class _Setup:
     def _record(self, body: Body, query: Query, step: Step) -> dict[str, Any]:
         settings = asdict(self._method)
         common = {key: settings.pop(key) for key in ("lr", "direction", "steps")}
-        squares = sum(change.double().square().sum().item() for change in step.params.values())
+        squares = sum(map(squared_norm, step.params.values()))
         return {
             "method": self._method.name,
             **common,

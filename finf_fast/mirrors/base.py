@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from finf_fast.loss import Loss
+from finf_fast.lowrank import LowRank
 from finf_fast.mirrors.body import Body
 from finf_fast.mirrors.choose import Filter
 from finf_fast.mirrors.query import Query
@@ -27,7 +28,7 @@ class Step:
         notes: what the record should say beside the settings.
     """
 
-    params: dict[str, Tensor]
+    params: dict[str, Tensor | LowRank]
     before: float
     query: Query
     notes: dict[str, Any] = field(default_factory=dict)

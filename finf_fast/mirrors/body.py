@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from finf_fast.loss import Loss, mapped
+from finf_fast.lowrank import LowRank, dense, parts
 from finf_fast.mirrors.choose import Filter, choose
+from finf_fast.mirrors.factors import Capture
 from finf_fast.mirrors.query import Query
 from finf_fast.records import BadSample, NonFiniteLoss
 from finf_fast.skeleton import Skeleton, vocabulary
@@ -55,10 +57,10 @@ class Body:
         self._skeleton.put({name: tensor.clone() for name, tensor in self._buffers.items()})
         self.place({})
 
-    def place(self, changes: Mapping[str, Tensor]) -> None:
+    def place(self, changes: Mapping[str, Tensor | LowRank]) -> None:
         """Puts θ + Δ in, as leaves; a parameter without a change stands at θ. ``changes`` itself is never rounded."""
         self._leaves = {
-            name: (weight + changes[name] if name in changes else weight.clone()).detach().requires_grad_()
+            name: (weight + dense(changes[name]) if name in changes else weight.clone()).detach().requires_grad_()
             for name, weight in self.weights.items()
         }
         self._skeleton.put(self._leaves)
@@ -96,12 +98,40 @@ class Body:
             for name, g in zip(self._leaves, found, strict=False)
             if g is not None
         }
-        if not gradients:
-            raise ValueError(f"{who}: the loss depends on none of the {len(self._leaves)} parameters to step")
+        self._require_some(gradients, who)
         require_finite(gradients, "gradient", who)
         return gradients
 
-    def loss_after(self, changes: Mapping[str, Tensor], query: Query) -> float:
+    def factored(self, query: Query, rank: int) -> tuple[float, dict[str, Tensor | LowRank], dict[str, float]]:
+        """The loss of a query, and as :meth:`gradients` its gradients, those of linear maps as factors where they pay.
+
+        Args:
+            rank: the most columns of a factor.
+
+        Returns:
+            The loss; name -> gradient; name -> share of its squared norm that compression discarded, where factored.
+
+        Raises:
+            As :meth:`loss` and :meth:`gradients`.
+        """
+        with Capture(self._leaves) as capture:
+            loss = self.loss(query)
+            caught = capture.gradients(loss)
+        self._require_some(caught, query.who)
+        gradients: dict[str, Tensor | LowRank] = {}
+        shares: dict[str, float] = {}
+        for name in list(caught):
+            pieces = caught.pop(name)  # let go of as it is used: together they are as large as the activations
+            for tensor in pieces.tensors:
+                require_finite({name: tensor}, "gradient", query.who)
+            gradients[name], shares[name] = pieces.whole(rank)
+        return loss.item(), gradients, shares
+
+    def _require_some(self, gradients: Mapping[str, object], who: str) -> None:
+        if not gradients:
+            raise ValueError(f"{who}: the loss depends on none of the {len(self._leaves)} parameters to step")
+
+    def loss_after(self, changes: Mapping[str, Tensor | LowRank], query: Query) -> float:
         """The loss at θ + Δ, measured without moving buffers."""
         self.place(changes)
         with self._unmoved(), torch.no_grad():
@@ -187,10 +217,10 @@ def _index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.get_device_module(device).current_device()
 
 
-def require_finite(tensors: Mapping[str, Tensor], what: str, who: str) -> None:
-    """Raises :class:`NonFiniteLoss` at the first tensor holding NaN or infinity."""
+def require_finite(tensors: Mapping[str, Tensor | LowRank], what: str, who: str) -> None:
+    """Raises :class:`NonFiniteLoss` at the first tensor, or pair of factors, holding NaN or infinity."""
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all(bool(torch.isfinite(part).all()) for part in parts(tensor).values()):
             raise NonFiniteLoss(f"{who}: wanted a finite {what}, got NaN or infinity in that of {name!r}")
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from finf_fast.pair import fold
+from finf_fast import fold
+from finf_fast.lowrank import LowRank, dense
 from finf_fast.skeleton import Skeleton
 from finf_fast.update import Update
 
@@ -47,11 +48,14 @@ class WeightSets:
         mine = self._ready(ChainMap(changed, self._source), self._affected(update) & self._touched)
         return {name: mine.get(name, self.base[name]) for name in self._touched}
 
-    def _after(self, name: str, change: Tensor) -> Tensor:
-        """θ + Δ of one tensor; in a buffer of its own that the next query uses again, unless the sets are kept."""
+    def _after(self, name: str, change: Tensor | LowRank) -> Tensor:
+        """θ + Δ of one tensor; in a buffer of its own that the next query uses again, unless the sets are kept.
+
+        Factors are multiplied out first: θ as the start of their sum would round once for every rank.
+        """
         before = self._source[name]
         room = None if self.kept else self._room.setdefault(name, torch.empty_like(before))
-        return torch.add(before, change.to(before), out=room)
+        return torch.add(before, dense(change, before), out=room)
 
     def _affected(self, update: Update) -> set[str]:
         """Slots that this update changes, a folded layer's weight and bias included."""
