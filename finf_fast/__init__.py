@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 from finf_fast import loss, ops
 from finf_fast.corpus import Corpus, open_corpus
+from finf_fast.delta import NotCarried
+from finf_fast.lowrank import LowRank
 from finf_fast.mirrors import mirror
 from finf_fast.pipeline import forward_inf, sweep
 from finf_fast.records import BadSample, DamagedFile, ManifestMismatch, NonFiniteLoss, TopK
@@ -19,8 +21,10 @@ __all__ = [
     "BadSample",
     "Corpus",
     "DamagedFile",
+    "LowRank",
     "ManifestMismatch",
     "NonFiniteLoss",
+    "NotCarried",
     "Scores",
     "TopK",
     "Update",

@@ -48,6 +48,8 @@ def audit(
     tail: Annotated[str, typer.Option(help="helpful, harmful or both")] = "helpful",
     device: Annotated[str | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    engine: Annotated[str, typer.Option(help="auto, delta (carry the change) or pair (subtract)")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float64; the model's own by default")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: score the i-th of n slices, counted from 0")] = None,
 ) -> None:
     """Score every training sample for every query and show the strongest."""
@@ -60,6 +62,7 @@ def audit(
     groups = [[int(row)] for row in rows.split(",")] if rows else None
     step = {"loss": loss, "method": method, "lr": lr, "direction": direction, "steps": steps}
     where = {"device": device, "batch_size": batch_size, "out": out, "shard": _shard(shard)}
+    where |= {"engine": engine, "dtype": None if dtype is None else _dtype(dtype)}
     batch = asked.read(0, len(asked))
     scores = ff.forward_inf(_model(model, loss), data, batch, groups=groups, **step, **where)
     console.print(_strongest(scores, top, tail))
@@ -166,6 +169,13 @@ def _hugging_face(folder: str, loss: str) -> torch.nn.Module:
     if loss not in kinds:
         raise ValueError(f"loss: wanted one of {', '.join(kinds)} for a Hugging Face folder, got {loss!r}")
     return getattr(transformers, kinds[loss]).from_pretrained(folder, local_files_only=True)
+
+
+def _dtype(word: str) -> torch.dtype:
+    found = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+    if word not in found:
+        raise ValueError(f"dtype: wanted {', '.join(found)}, got {word!r}")
+    return found[word]
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

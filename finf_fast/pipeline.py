@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from finf_fast import identity
 from finf_fast import loss as losses
 from finf_fast.corpus import Corpus, open_corpus
+from finf_fast.engines import ENGINES, choose_engine
 from finf_fast.loss import Loss, Result
 from finf_fast.mirrors import mirrors_of
-from finf_fast.pair import PairEngine
-from finf_fast.planning import Probe, free_bytes, make_plan, out_of_memory, probe
+from finf_fast.planning import Probe, free_bytes, make_plan, out_of_memory
 from finf_fast.progress import Progress
 from finf_fast.records import BadSample, Block, NonFiniteLoss
 from finf_fast.scores import Scores, Store, open_store
@@ -27,8 +27,6 @@ from finf_fast.skeleton import vocabulary
 from finf_fast.staging import stage
 from finf_fast.transfer import rows, to_device
 from finf_fast.update import Update
-
-ENGINES = ("auto", "pair")
 
 
 def sweep(
@@ -59,9 +57,11 @@ def sweep(
         corpus: what :func:`finf_fast.open_corpus` gives or takes: S samples.
         loss: a name, a :class:`finf_fast.loss.Loss`, or ``(model, batch) -> (B,) losses``.
         device: where to compute; the model's own by default.
-        dtype: torch.float32 or torch.float64; by default the model's, half precision being raised to float32.
+        dtype: of the forwards: torch.bfloat16 (delta engine only), float32 or float64; by default the model's own, half
+            precision becoming float32 where the net has kinks (ReLU, max-pooling, routing) or runs by pairs.
         out: result folder; an interrupted run of the same sweep is resumed from it. None keeps scores in memory.
-        engine: ``"pair"`` or ``"auto"``.
+        engine: ``"delta"`` carries (value, exact change) through one forward for all queries; ``"pair"`` runs 1 + Q
+            plain forwards and subtracts; ``"auto"`` is delta wherever it applies; ``scores.plan`` says which and why.
         batch_size: samples per forward; chosen by memory if not given, and halved when memory runs out.
         shard: ``(i, n)`` scores the i-th of n contiguous slices; :meth:`Scores.merge` joins them.
         per_token: keep each token's loss and change too (``scores.token_base``, ``scores.token_delta``).
@@ -70,26 +70,29 @@ def sweep(
         seconds. resume: False refuses a folder that already holds scores.
 
     Returns:
-        :class:`Scores` with ``base`` (S,) and ``delta`` (Q, S) in the sweep's dtype.
+        :class:`Scores` with ``base`` (S,) and ``delta`` (Q, S), float64 where the forwards are, else float32.
 
     Raises:
         ValueError, TypeError: an argument is not as above; a sample's label or token id is out of range (BadSample);
             a loss is not finite (NonFiniteLoss); the folder holds another run (ManifestMismatch).
+        NotCarried: ``engine="delta"`` and the model does what a stack cannot follow.
     """
     updates = _checked(model, updates, engine, nonfinite)
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     loss = _per_token(losses.resolve(loss), per_token)
     per_token = loss.per_token
     start, stop = _slice(len(corpus), shard)
-    device, dtype = _place(model, device, dtype)
-    runner = PairEngine(model, updates, loss, device, dtype, keep=free_bytes(device) // 4)
-    found = probe(runner.output, to_device(_longest(corpus, start, stop), device))
+    device = _place(model, device)
+    sample = to_device(_longest(corpus, start, stop), device)
+    settings = {"device": device, "dtype": dtype, "engine": engine, "keep": free_bytes(device) // 4}
+    chosen = choose_engine(model, updates, loss, sample=sample, **settings)
+    runner, found = chosen.engine, chosen.found
     store = open_store(
         out,
-        identity.of(model, updates, corpus, loss, {**runner.record(), "nonfinite": nonfinite}),
-        make_plan(found, start, stop, device, batch_size),
+        identity.of(model, updates, corpus, loss, {**runner.settings(), "nonfinite": nonfinite}),
+        make_plan(found, start, stop, device, batch_size, chosen.reason, runner.rows),
         queries=len(updates),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(runner.score_dtype).removeprefix("torch."),
         tokens=found.tokens if per_token else None,
         directions=[update.direction for update in updates],
         names=identity.names_of(updates),
@@ -153,9 +156,7 @@ def forward_inf(
 class _Sweeper:
     """Takes a block through device, model and loss into the store."""
 
-    def __init__(
-        self, runner: PairEngine, corpus: Corpus, store: Store, found: Probe, vocabulary: int | None, nonfinite: str
-    ):
+    def __init__(self, runner: Any, corpus: Corpus, store: Store, found: Probe, vocabulary: int | None, nonfinite: str):
         self._runner, self._corpus, self._store = runner, corpus, store
         self._limits, self._nonfinite, self._tokens = (found.outputs, vocabulary), nonfinite, found.tokens
         self._since, self._samples, self._empty = time.monotonic(), 0, 0
@@ -174,7 +175,7 @@ class _Sweeper:
             self._empty += int(result.empty.sum())
         self._samples += len(block)
         self._require_tokens(result)
-        self._store.write(block.number, *_on_disk(result, self._runner.dtype))
+        self._store.write(block.number, *_on_disk(result, self._runner.score_dtype))
 
     def record(self) -> dict[str, Any]:
         """How the run went, for the manifest."""
@@ -291,17 +292,12 @@ def _slice(samples: int, shard: tuple[int, int] | None) -> tuple[int, int]:
     return start, stop
 
 
-def _place(
-    model: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the forwards: the model's own unless asked for; half precision cannot hold a difference."""
-    first = next(model.parameters())
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    own = torch.float64 if floating is torch.float64 else torch.float32
-    place = torch.device(device if device is not None else first.device)
+def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Device of the forwards: the model's own unless asked for."""
+    place = torch.device(device if device is not None else next(model.parameters()).device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted one this torch can reach, got {place} without CUDA")
-    return place, dtype if dtype is not None else own
+    return place
 
 
 def _joined(parts: list[Result]) -> Result:

@@ -30,7 +30,7 @@ MOST = 4096  # samples in a forward; small models gain nothing beyond, and a blo
 
 @dataclass(frozen=True)
 class Probe:
-    """What one sample through the model showed.
+    """What one sample through the engine showed.
 
     Attributes:
         bytes: of all tensors that one forward makes for one sample, the output's change and the staged input
@@ -80,27 +80,37 @@ def _watched(output: Callable[[Any], Tensor], sample: Any) -> tuple[Any, Tensor,
         return sample, output(sample), watch
 
 
-def make_plan(found: Probe, start: int, stop: int, device: torch.device, batch_size: int | None) -> Plan:
+def make_plan(
+    found: Probe,
+    start: int,
+    stop: int,
+    device: torch.device,
+    batch_size: int | None,
+    engine: str = "",
+    rows: int = 1,
+) -> Plan:
     """The plan of a sweep over samples ``[start, stop)``.
 
     Args:
         found: what one sample costs.
         batch_size: samples per forward, or None to choose by memory.
+        engine: why the engine is the one it is, for the plan's reason.
+        rows: what the engine carries of a sample at once, 1 + Q in a stack.
 
     Raises:
         ValueError: ``batch_size`` below 1.
     """
-    threads = torch.get_num_threads()
+    threads, engine = torch.get_num_threads(), f"{engine}; " if engine else ""
     if batch_size is not None:
         if batch_size < 1:
             raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-        return Plan(start, stop, batch_size, threads=threads, reason=f"batch of {batch_size} as asked")
+        return Plan(start, stop, batch_size, threads=threads, reason=f"{engine}batch of {batch_size} as asked")
     free = free_bytes(device)
-    budget = free // SHARE if device.type != "cpu" else min(free // SHARE, CPU_BYTES)
+    budget = free // SHARE if device.type != "cpu" else min(free // SHARE, rows * CPU_BYTES)
     fits = max(1, min(MOST, budget // max(1, found.bytes)))
     size = 1 << (fits.bit_length() - 1)
     need = f"{found.bytes / 2**20:.3g} MiB a sample, {free / 2**30:.3g} GiB free"
-    return Plan(start, stop, size, threads=threads, reason=f"batch of {size}: {need}")
+    return Plan(start, stop, size, threads=threads, reason=f"{engine}batch of {size}: {need}")
 
 
 def free_bytes(device: torch.device) -> int:

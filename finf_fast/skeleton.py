@@ -94,8 +94,10 @@ def _require_own_functions(model: nn.Module) -> None:
 
 def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     memo: dict[int, object] = {}
+    precise = _precise(model) if dtype in (torch.bfloat16, torch.float16) else set()
     for tensor in (*model.parameters(), *model.buffers()):
-        moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
+        kept = not tensor.is_floating_point() or id(tensor) in precise
+        moved = tensor.detach().to(device, None if kept else dtype)
         if not isinstance(tensor, nn.Parameter) and moved.data_ptr() == tensor.data_ptr():
             moved = moved.clone()  # a forward may write into a buffer: batch norm, a counter, a cache
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
@@ -110,6 +112,12 @@ def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> 
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(f"model: wanted modules whose structure can be copied (copy.deepcopy), got {error}") from error
+
+
+def _precise(model: nn.Module) -> set[int]:
+    """Buffers that half precision would spoil and that no product reads: statistics of norms, rotary frequencies."""
+    names = ("running_mean", "running_var", "inv_freq")
+    return {id(tensor) for name, tensor in model.named_buffers() if name.rpartition(".")[2].endswith(names)}
 
 
 def _slots(model: nn.Module, body: nn.Module) -> dict[str, Slot]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from finf_fast import fold
 from finf_fast.loss import resolve
-from finf_fast.pair import PairEngine, fold
+from finf_fast.pair import PairEngine
 from finf_fast.planning import free_bytes, make_plan, out_of_memory, probe
 from finf_fast.skeleton import Skeleton
 from finf_fast.update import Update

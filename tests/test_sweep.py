@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 import finf_fast as ff
-from finf_fast import pipeline
+from finf_fast.delta import DeltaEngine
 from finf_fast.loss import resolve
+from finf_fast.lowrank import dense
+from finf_fast.pair import PairEngine
 from nets import conv_net, language_model, mlp, plain_scores
 
 BOUNDS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+ENGINES = pytest.mark.parametrize("engine", ["delta", "pair"])
 
 
 def ups(model, batch, count=3, **settings):
@@ -33,12 +36,13 @@ def check(scores, base, delta, bound):
     assert np.nanmax(np.abs(delta)) > 100 * bound
 
 
+@ENGINES
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
 @pytest.mark.parametrize("direction", ["ascent", "descent"])
-def test_an_mlp(dtype, bound, direction):
+def test_an_mlp(engine, dtype, bound, direction):
     model, data = mlp()
     updates = ups(model, data, direction=direction)
-    scores = ff.sweep(model, updates, data, dtype=dtype, batch_size=16)
+    scores = ff.sweep(model, updates, data, dtype=dtype, engine=engine, batch_size=16)
     check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [data]), bound)
     assert scores.base.dtype == np.dtype(str(dtype).removeprefix("torch."))
     sign = 1 if direction == "ascent" else -1
@@ -46,34 +50,38 @@ def test_an_mlp(dtype, bound, direction):
     assert scores.influence[0][:2].min() > 0  # a query's own samples help it, whichever way the step went
 
 
+@ENGINES
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_a_batch_norm_net_stepped_in_either_mode(dtype, bound, mode):
+def test_a_batch_norm_net_stepped_in_either_mode(engine, dtype, bound, mode):
     model, data = conv_net()
     updates = ups(model, data, mode=mode)
     assert bool(updates[0].buffers) == (mode == "train")
-    scores = ff.sweep(model, updates, data, dtype=dtype, batch_size=16)
+    scores = ff.sweep(model, updates, data, dtype=dtype, engine=engine, batch_size=16)
     check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [data]), bound)
 
 
+@ENGINES
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
-def test_a_causal_lm_with_ragged_lengths_and_ignored_tokens(dtype, bound):
+def test_a_causal_lm_with_ragged_lengths_and_ignored_tokens(engine, dtype, bound):
     model, data = language_model()
     loss = resolve("causal_lm")
     rows = [{k: v[None] for k, v in sample.items()} for sample in data]  # the truth sees no padding at all
     updates = [ff.mirror(model, rows[i], loss="causal_lm", lr=0.1) for i in (0, 4, 8)]
-    scores = ff.sweep(model, updates, data, loss="causal_lm", dtype=dtype, batch_size=8)
+    scores = ff.sweep(model, updates, data, loss="causal_lm", dtype=dtype, engine=engine, batch_size=8)
     check(scores, *plain_scores(model, updates, loss, rows), bound)
     assert np.isnan(scores.base[7]) and scores.record["samples_without_target"] == 1
 
 
-def test_one_forward_for_the_base_however_many_queries():
+@pytest.mark.parametrize(("engine", "forwards"), [("pair", 1 + 3), ("delta", 1)])
+def test_one_forward_for_the_base_however_many_queries(engine, forwards):
     model, data = mlp(32)
     calls = []
     updates = ups(model, data)
     count = lambda net, batch: calls.append(1) or net(batch[0]).square().sum(1)  # noqa: E731
-    ff.sweep(model, updates, data, loss=count, batch_size=8)
-    assert len(calls) == 4 * (1 + len(updates)) + 2  # four batches, and the probe, which runs twice
+    ff.sweep(model, updates, data, loss=count, batch_size=8, engine=engine)
+    assert len(updates) == 3
+    assert len(calls) == 4 * forwards + 2  # four batches, and the probe, which runs twice
 
 
 def test_the_model_is_left_as_it_was_whatever_happens():
@@ -169,28 +177,29 @@ def test_another_run_s_folder_is_refused(tmp_path):
         ff.sweep(model, updates, data, out=tmp_path / "run")
 
 
-def test_memory_running_out_halves_the_batch_and_is_remembered(tmp_path, monkeypatch):
+@pytest.mark.parametrize("engine", [PairEngine, DeltaEngine])
+def test_memory_running_out_halves_the_batch_and_is_remembered(tmp_path, monkeypatch, engine):
     model, data = mlp()
     updates = ups(model, data)
-    whole = ff.sweep(model, updates, data, batch_size=16)
-    real = pipeline.PairEngine.score
+    whole = ff.sweep(model, updates, data, batch_size=16, engine=engine.name)
+    real = engine.score
 
     def tight(self, batch):
         if len(batch[0]) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         return real(self, batch)
 
-    monkeypatch.setattr(pipeline.PairEngine, "score", tight)
-    scores = ff.sweep(model, updates, data, batch_size=16, out=tmp_path / "run")
+    monkeypatch.setattr(engine, "score", tight)
+    scores = ff.sweep(model, updates, data, batch_size=16, engine=engine.name, out=tmp_path / "run")
     np.testing.assert_allclose(scores.delta, whole.delta, atol=1e-14)
     assert scores.manifest["plan"]["halvings"] == [[0, 8], [0, 4]]
 
     def hopeless(self, batch):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(pipeline.PairEngine, "score", hopeless)
+    monkeypatch.setattr(engine, "score", hopeless)
     with pytest.raises(torch.OutOfMemoryError):
-        ff.sweep(model, updates, data, batch_size=16)
+        ff.sweep(model, updates, data, batch_size=16, engine=engine.name)
 
 
 def test_per_token_scores(tmp_path):
@@ -228,13 +237,19 @@ def test_files_give_what_arrays_give(tmp_path):
     assert np.array_equal(from_files.delta, ff.sweep(model, updates, (x, y), batch_size=16).delta)
 
 
-def test_half_precision_models_run_in_float32_and_say_so():
+def test_half_precision_models_run_in_the_precision_that_suits_them_and_say_so():
     model, (x, y) = mlp()
-    half = model.bfloat16()
-    updates = ups(half, (x.bfloat16(), y))
-    scores = ff.sweep(half, updates, (x.bfloat16(), y))
-    assert scores.base.dtype == np.float32 and scores.record["dtype"] == "float32"
-    check(scores, *plain_scores(half, updates, resolve("cross_entropy"), [(x.bfloat16().double(), y)]), 1e-5)
+    half, data = model.bfloat16(), (x.bfloat16(), y)
+    updates = ups(half, data)
+    true = plain_scores(half, updates, resolve("cross_entropy"), [(x.bfloat16().double(), y)])
+    for how, dtype, tolerance in (({}, "bfloat16", 1e-2), ({"engine": "pair"}, "float32", 1e-3)):
+        scores = ff.sweep(half, updates, data, **how)
+        assert scores.base.dtype == scores.delta.dtype == np.float32 and scores.record["dtype"] == dtype
+        for found, wanted in zip((scores.base, scores.delta), true, strict=True):
+            assert np.linalg.norm(found - wanted.numpy()) <= tolerance * np.linalg.norm(wanted)
+    kinked = torch.nn.Sequential(model, torch.nn.ReLU())
+    scores = ff.sweep(kinked, ups(kinked, data), data)
+    assert scores.record["dtype"] == "float32" and "relu" in scores.plan
 
 
 def test_the_manifest_tells_what_was_done():
@@ -242,8 +257,9 @@ def test_the_manifest_tells_what_was_done():
     scores = ff.sweep(model, ups(model, data), data)
     identity = json.loads(json.dumps(scores.manifest))["identity"]
     assert identity["versions"]["torch"] == torch.__version__
-    assert identity["settings"]["loss"] == "cross_entropy" and identity["settings"]["engine"] == "pair"
-    assert len(identity["fingerprints"]["updates"]) == 3 and scores.plan.startswith("pair: batch of ")
+    assert identity["settings"]["loss"] == "cross_entropy" and identity["settings"]["engine"] == "delta"
+    assert len(identity["fingerprints"]["updates"]) == 3
+    assert scores.plan.startswith("delta: every change carried, float64 (the model's own); batch of ")
 
 
 def nan_at(index):
@@ -267,7 +283,7 @@ def test_a_nan_loss_names_the_sample_and_keeps_what_was_scored(tmp_path):
 def test_a_step_that_explodes_names_the_query():
     model, data = mlp()
     updates = ups(model, data)
-    broken = ff.Update({n: t * float("inf") for n, t in updates[1].params.items()})
+    broken = ff.Update({n: dense(t) * float("inf") for n, t in updates[1].params.items()})
     with pytest.raises(ff.NonFiniteLoss, match="sample 0.*query 1"):
         ff.sweep(model, [updates[0], broken], data)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finf_fast.loss.base import Loss, Result, mapped
+from finf_fast.loss.base import Head, Loss, Result, joined, mapped
 from finf_fast.loss.custom import Custom
 from finf_fast.loss.entropy import CausalLM, CrossEntropy, MaskedLM, Seq2Seq
 from finf_fast.loss.squared_error import SquaredError
@@ -20,11 +20,13 @@ __all__ = [
     "CausalLM",
     "CrossEntropy",
     "Custom",
+    "Head",
     "Loss",
     "MaskedLM",
     "Result",
     "Seq2Seq",
     "SquaredError",
+    "joined",
     "mapped",
     "resolve",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,47 @@ class Result:
     token_delta: Tensor | None = None
 
 
+def joined(parts: Sequence[Result]) -> Result:
+    """Results of several chunks of queries as one; the base is the same in each."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    tokens = None if first.token_delta is None else torch.cat([part.token_delta for part in parts])
+    delta = torch.cat([part.delta for part in parts])
+    return Result(first.base, delta, first.empty, first.token_base, tokens)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model's logits would be made of, where they are the result of a linear layer that nobody looked at.
+
+    Attributes:
+        x: (N, D) its input rows; rows: their logical shape (B, ...), N in all.
+        dx: (Q, N, D) change of the input; None where nothing before the head changes.
+        W, bias: (V, D) and (V) or None.
+        db: (Q, V) change of the bias, or None.
+        changes: ``(queries, dW, factors)`` for each form of the weight's change: dW (q, V, D) or None, factors
+            ((q, V, r), (q, D, r)) or None; a query of whom no form speaks leaves the weight as it is.
+        queries: Q.
+        softcap: c where the logits would be ``c tanh(z / c)``.
+    """
+
+    x: Tensor
+    rows: tuple[int, ...]
+    dx: Tensor | None
+    W: Tensor
+    bias: Tensor | None
+    db: Tensor | None
+    changes: tuple[tuple[tuple[int, ...], Tensor | None, tuple[Tensor, Tensor] | None], ...]
+    queries: int
+    softcap: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the logits that are not formed."""
+        return (*self.rows, len(self.W))
+
+
 class Loss(ABC):
     """One loss: how the model is called, and how (value, change) of its output become (base, delta)."""
 
@@ -47,6 +88,10 @@ class Loss(ABC):
     @abstractmethod
     def finish(self, value: Tensor, change: Tensor, batch: Any) -> Result:
         """Loss and change of loss from the output's ``value`` (B, ...) and its ``change`` (Q, B, ...)."""
+
+    def finish_head(self, head: Head, batch: Any) -> Result | None:
+        """The same from the head's input, without forming logits; None where this loss needs them."""
+        return None
 
     @abstractmethod
     def per_sample(self, model: Any, batch: Any) -> Tensor:

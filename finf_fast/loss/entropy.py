@@ -8,7 +8,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finf_fast import ops
-from finf_fast.loss.base import Loss, Result, check_range, prediction, split
+from finf_fast.loss.base import Head, Loss, Result, check_range, prediction, split
 
 TOKEN_KEYS = ("input_ids", "decoder_input_ids")
 
@@ -74,7 +74,7 @@ class CrossEntropy(Loss):
                     check_range(f"{key}: token id", batch[key], vocabulary)
 
     def finish(self, value: Tensor, change: Tensor, batch: Any) -> Result:
-        target = self._rows_of(value, batch)
+        target = self._rows_of(value.shape, batch)
         samples, width = value.shape[0], value.shape[-1]
         z, dz = value.reshape(-1, width), change.reshape(change.shape[0], -1, width)
         base, delta = ops.cross_entropy_delta(
@@ -83,9 +83,31 @@ class CrossEntropy(Loss):
         counted = (target != self.ignore_index).view(samples, -1)
         return self._samples(base, delta, counted)
 
+    def finish_head(self, head: Head, batch: Any) -> Result:
+        target = self._rows_of(head.shape, batch)
+        counted = (target != self.ignore_index).view(head.rows[0], -1)
+        base, delta = None, None
+        for queries, dW, factors in head.changes or (((), None, None),):
+            rows = None if len(queries) == head.queries else list(queries)
+            if head.dx is None and head.db is None and dW is None and factors is None:  # these queries move nothing
+                continue
+            dx, db = (x if x is None or rows is None else x[rows] for x in (head.dx, head.db))
+            base, part = ops.linear_cross_entropy_delta(
+                *(head.x, dx, head.W, target),
+                **{"bias": head.bias, "db": db, "dW": dW, "dW_factors": factors},
+                **{"softcap": head.softcap, "ignore_index": self.ignore_index},
+                label_smoothing=self.label_smoothing,
+            )
+            if rows is None:
+                delta = part
+                continue
+            delta = part.new_zeros((head.queries, len(target))) if delta is None else delta
+            delta[rows] = part
+        return self._samples(base, delta, counted)
+
     def per_sample(self, model: Any, batch: Any) -> Tensor:
         logits = self.output(model, batch)
-        target = self._rows_of(logits, batch)
+        target = self._rows_of(logits.shape, batch)
         rows = F.cross_entropy(
             logits.reshape(target.numel(), -1).float()
             if logits.dtype in (torch.bfloat16, torch.float16)
@@ -98,13 +120,13 @@ class CrossEntropy(Loss):
         counts = (target != self.ignore_index).view(logits.shape[0], -1).sum(1)
         return rows.sum(1) / counts if self.reduction == "mean" else rows.sum(1)
 
-    def _rows_of(self, value: Tensor, batch: Any) -> Tensor:
-        """(N,) targets, one for each row of the logits ``value`` (B, ..., V)."""
+    def _rows_of(self, shape: Sequence[int], batch: Any) -> Tensor:
+        """(N,) targets, one for each row of logits of this shape (B, ..., V)."""
         target = self.target(batch)
-        rows, given = value.shape[1:-1], target.shape[1:]
-        if target.shape[0] != value.shape[0] or [n for n in rows if n != 1] != [n for n in given if n != 1]:
+        rows, given = shape[1:-1], target.shape[1:]
+        if target.shape[0] != shape[0] or [n for n in rows if n != 1] != [n for n in given if n != 1]:
             raise ValueError(
-                f"target: wanted one index for each row of the logits {tuple(value.shape)}, got {tuple(target.shape)}"
+                f"target: wanted one index for each row of the logits {tuple(shape)}, got {tuple(target.shape)}"
             )
         return target.reshape(-1).long()
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finf_fast.loss import Loss, Result, mapped
-from finf_fast.pair import fold, linear
+from finf_fast import fold
+from finf_fast.loss import Loss, Result, joined, mapped
+from finf_fast.pair.linear import OneDnnLinear
 from finf_fast.pair.weights import WeightSets
+from finf_fast.reference import product
 from finf_fast.skeleton import Skeleton
 from finf_fast.update import Update
 
@@ -40,6 +42,7 @@ class PairEngine:
     """
 
     name = "pair"
+    rows = 1  # of a sample under way at once
 
     def __init__(
         self,
@@ -59,10 +62,19 @@ class PairEngine:
         self._folds = fold.find(self._body) if fold_batch_norm else []
         self._weights = WeightSets(self._body, updates, self._folds, keep)
         self._writes_input = False
-        self._onednn = device.type == "cpu" and dtype is torch.float32 and linear.available()
+        self._onednn = device.type == "cpu" and dtype is torch.float32 and product.available()
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Of the scores."""
+        return self.dtype
 
     def record(self) -> dict[str, Any]:
         """What was done, for the manifest."""
+        return self.settings()
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share."""
         return {
             "engine": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -90,7 +102,7 @@ class PairEngine:
             batch = self._cast(batch)
             value = self._forward(self._weights.base, batch)
             parts = [self.loss.finish(value, change, batch) for change in self._changes(value, batch)]
-        return parts[0] if len(parts) == 1 else _join(parts)
+        return joined(parts)
 
     def _changes(self, value: Tensor, batch: Any) -> Iterator[Tensor]:
         """Changes of the output, (Qc, B, ...), a few queries at a time."""
@@ -121,7 +133,7 @@ class PairEngine:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if self._onednn:
-                stack.enter_context(linear.OneDnnLinear())
+                stack.enter_context(OneDnnLinear())
             yield
 
     def _cast(self, batch: Any) -> Any:
@@ -153,11 +165,3 @@ def _may_be_infinite(value: Tensor) -> bool:
         return True
     low, high = torch.aminmax(value)
     return not bool(torch.isfinite(high - low))
-
-
-def _join(parts: list[Result]) -> Result:
-    """Results of several chunks of queries as one; the base is the same in each."""
-    first = parts[0]
-    tokens = None if first.token_delta is None else torch.cat([part.token_delta for part in parts])
-    delta = torch.cat([part.delta for part in parts])
-    return Result(first.base, delta, first.empty, first.token_base, tokens)

@@ -1,0 +1,218 @@
+"""The delta engine: the unmodified model runs once on stacks of (value, exact change), all queries together.
+
+The model's parameters that an update changes are put into a copy of its structure as `Changed`; from the first of them
+on every tensor is a `Stack`. What lies before runs plainly, once for all queries.
+
+Why a mode over torch's functions besides the tensor subclass: a model also writes changed values *into plain tensors*
+it made itself (a mixture of experts sums into zeros), and a call that later reads such a tensor has nothing carried
+among its arguments; and plain float32 products go to oneDNN here too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from finf_fast.delta import (
+    arithmetic,
+    choices,
+    functions,
+    generic,
+    head,
+    indexing,
+    integers,
+    joins,
+    layers,
+    modules,
+    products,
+    reductions,
+    structure,
+)
+from finf_fast.delta.head import Linear
+from finf_fast.delta.stack import Carried, NotCarried, lift
+from finf_fast.delta.table import State, carry, fresh, name_of, writes
+from finf_fast.delta.weights import weight_sets
+from finf_fast.loss import Loss, Result, joined, mapped
+from finf_fast.reference import product
+from finf_fast.skeleton import Skeleton
+from finf_fast.update import Update
+
+__all__ = ["DeltaEngine", "NotCarried"]
+
+# Imported to be registered.
+RULES = (arithmetic, choices, functions, generic, head, indexing, integers, joins)
+MORE_RULES = (layers, products, reductions, structure)
+FUSED_WIDTH = 1024  # classes; a narrower head is cheaper formed than walked in panels
+KINKS = {"relu", "relu6", "max_pool1d", "max_pool2d", "max_pool3d", "topk", "max", "amax", "sort", "argmax", "clamp"}
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+class Carrying(TorchFunctionMode):
+    """Inside this mode calls on carried tensors, or on plain ones that became carried, go to the rules."""
+
+    def __init__(self, state: State):
+        super().__init__()
+        self._state = state
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, state = kwargs or {}, self._state
+        if state.adopting:
+            args, kwargs = tree_map(state.adopted, args), tree_map(state.adopted, kwargs)
+            types = {type(x) for x in torch.utils._pytree.tree_leaves((args, kwargs))}
+        if any(issubclass(kind, Carried) for kind in types):
+            return carry(func, args, kwargs)
+        state.plain[func] = state.plain.get(func, 0) + 1
+        if state.waits and ("out" in kwargs or kwargs.get("inplace") or writes(func)):
+            state.settle()  # a plain tensor is about to be overwritten that a waiting result may read
+        if func is F.linear:
+            return product.linear(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class DeltaEngine:
+    """Scores batches in one forward of the model over stacks.
+
+    Args:
+        model: the user's model, never modified; scored in eval mode.
+        updates: Q updates, of any forms.
+        loss: what is measured.
+        device, dtype: where and in what the forward runs; bfloat16, float32 or float64.
+        chunk: queries in one stack, where all at once would not fit; the base is computed again for each chunk.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    name = "delta"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        updates: Sequence[Update],
+        loss: Loss,
+        device: torch.device,
+        dtype: torch.dtype,
+        chunk: int | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: wanted torch.bfloat16, torch.float32 or torch.float64, got {dtype}")
+        self.loss, self.device, self.dtype = loss, device, dtype
+        self._body = Skeleton(model, device, dtype)
+        self._fused = modules.install(self._body.module)
+        self._images = any(isinstance(m, nn.Conv2d) for m in model.modules())
+        self._chunk = min(chunk or len(updates), len(updates))
+        self._counts = [len(updates[at : at + self._chunk]) for at in range(0, len(updates), self._chunk)]
+        self._sets, self._folded = weight_sets(self._body, model, updates, dtype, self._chunk)
+        self._buffers = {name: self._body.slots[name].tensor for name in self._body.buffers}
+        self._state = State()
+        self._head = ""
+
+    @property
+    def rows(self) -> int:
+        """Of a sample under way at once."""
+        return 1 + self._chunk
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Of the scores: half precision is carried, but no loss is rounded to it."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share."""
+        return {
+            "engine": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "fused_modules": dict(self._fused),
+            "folded_batch_norms": self._folded,
+            "queries_at_once": self._chunk,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What was done, for the manifest."""
+        return {
+            **self.settings(),
+            "head": self._head,
+            "generic_rules": dict(self._state.generic),
+        }
+
+    def kinks(self) -> list[str]:
+        """Operations seen so far whose masks a rounding flips: they decide what half precision can show."""
+        seen = {name_of(func).strip("_") for func in self._state.carried}
+        return sorted(seen & KINKS)
+
+    def plain_calls(self) -> dict[str, int]:
+        """How often each function of torch ran on plain tensors, by name: what no query changes is computed once."""
+        return {getattr(func, "__name__", str(func)): count for func, count in self._state.plain.items()}
+
+    def output(self, batch: Any) -> Tensor:
+        """Output of the model as it is, (B, ...), by way of a whole stack: what planning measures."""
+        with self._running():
+            out = self._forward(self._cast(batch), 0)
+            return (out.stacked[0] if isinstance(out, Carried) else out).clone()
+
+    def score(self, batch: Any) -> Result:
+        """Base and delta of every sample of a batch that lies on the engine's device.
+
+        Raises:
+            NotCarried: the model did something on this batch that a stack cannot follow.
+        """
+        with self._running():
+            batch = self._cast(batch)
+            return joined([self._scored(batch, number) for number in range(len(self._sets))])
+
+    def _scored(self, batch: Any, number: int) -> Result:
+        """The result of one chunk of queries."""
+        out = self._forward(batch, number)
+        if isinstance(out, Linear) and not out.formed:
+            return self._finish(out, batch)
+        self._head = "logits formed"
+        stacked = lift(out, 1 + self._state.queries)
+        return self.loss.finish(stacked[0], stacked[1:], batch)
+
+    def _finish(self, out: Linear, batch: Any) -> Result:
+        """The loss of a head that waits: a wide one is never formed, a narrow one in float32 at least."""
+        fused = out.shape[-1] >= FUSED_WIDTH and len(out.steps) in (0, 3)
+        found = self.loss.finish_head(out.head(), batch) if fused else None
+        self._head = "logits formed" if found is None else "no logits formed"
+        if found is not None:
+            return found
+        stacked = out.wide()
+        return self.loss.finish(stacked[0], stacked[1:], batch)
+
+    def _forward(self, batch: Any, number: int) -> Any:
+        """The output of the body with one chunk's weights in it, and fresh buffers: a forward may count in one."""
+        self._state.queries = self._counts[number]
+        self._state.reset()
+        self._body.put({name: buffer.clone() for name, buffer in self._buffers.items()})
+        self._body.put(self._sets[number])
+        with Carrying(self._state):
+            return self.loss.output(self._body.module, mapped(torch.clone, batch))
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Rules on, gradients and the user's autocast off."""
+        with (
+            torch.autocast(self.device.type, enabled=False),
+            torch.inference_mode(),
+            fresh(self._state),
+        ):
+            yield
+
+    def _cast(self, batch: Any) -> Any:
+        """Floating inputs in the engine's dtype, images channels-last where there are convolutions."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            image = self._images and tensor.dim() == 4
+            return tensor.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
+
+        return mapped(cast, batch)

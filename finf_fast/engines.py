@@ -1,0 +1,162 @@
+"""Which engine scores: the carried change wherever the model can be carried, pairs of plain forwards elsewhere.
+
+The choice is made once, on the first sample, and says why; a batch that cannot be carried although the first could (a
+branch that only some samples take) is scored by pairs alone, counted in the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from finf_fast.delta import DeltaEngine, NotCarried
+from finf_fast.loss import Loss, Result
+from finf_fast.pair import PairEngine
+from finf_fast.planning import SHARE, Probe, free_bytes, probe
+from finf_fast.update import Update
+
+__all__ = ["ENGINES", "Chosen", "choose_engine"]
+
+ENGINES = ("auto", "delta", "pair")
+FEW = 8  # queries that are not worth a look at memory beforehand
+HALF = (torch.bfloat16, torch.float16)
+Engine = DeltaEngine | PairEngine
+
+
+class Carried:
+    """The delta engine, with pairs behind it for a batch that it cannot carry."""
+
+    def __init__(self, delta: DeltaEngine, pair: Any):
+        self._delta, self._make_pair = delta, pair
+        self._pair: PairEngine | None = None
+        self._by_pair: dict[str, int] = {}
+        self.loss, self.device, self.dtype, self.score_dtype = delta.loss, delta.device, delta.dtype, delta.score_dtype
+        self.output, self.settings, self.rows = delta.output, delta.settings, delta.rows
+
+    def score(self, batch: Any) -> Result:
+        try:
+            return self._delta.score(batch)
+        except NotCarried as error:
+            self._by_pair[str(error)] = self._by_pair.get(str(error), 0) + 1
+            self._pair = self._pair or self._make_pair()
+            return self._pair.score(batch)
+
+    def record(self) -> dict[str, Any]:
+        return {**self._delta.record(), "batches_by_pair": dict(self._by_pair)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The engine, what one sample through it showed, and one line that says why it is this one."""
+
+    engine: Any
+    found: Probe
+    reason: str
+
+
+def choose_engine(
+    model: nn.Module,
+    updates: Sequence[Update],
+    loss: Loss,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    engine: str,
+    keep: int,
+    sample: Any,
+) -> Chosen:
+    """The engine for a model, its updates and a sample of the corpus.
+
+    Args:
+        dtype: of the forwards as asked for; None for the model's own (half precision in bfloat16 where the net is
+            smooth and in float32 where it has kinks, whose masks bfloat16 flips).
+        engine: ``"delta"``, ``"pair"``, or ``"auto"``: delta wherever it applies.
+        keep: bytes that the queries' changes may take in the engine.
+        sample: a batch of one, on the device.
+
+    Raises:
+        NotCarried: ``engine="delta"`` and the model cannot be carried.
+        ValueError: a dtype that the engine does not have.
+    """
+    own = _own(model)
+
+    def pair(reason: str) -> Chosen:
+        wanted = dtype if dtype is not None else torch.float64 if own is torch.float64 else torch.float32
+        runner = PairEngine(model, updates, loss, device, wanted, keep=keep)
+        return Chosen(runner, probe(runner.output, sample), f"{reason}, {_word(wanted)}")
+
+    if engine == "pair":
+        return pair("as asked")
+    if engine == "auto" and (reason := _too_large(updates, keep)):
+        return pair(reason)
+    try:
+        runner, found, reason = _carried(model, updates, loss, device, dtype, own, sample)
+    except NotCarried as error:
+        if engine == "delta":
+            raise
+        return pair(f"cannot be carried ({error})")
+    if engine == "auto":
+        plain = torch.float64 if runner.dtype is torch.float64 else torch.float32
+        runner = Carried(runner, lambda: PairEngine(model, updates, loss, device, plain, keep=keep))
+    return Chosen(runner, found, reason)
+
+
+def _carried(
+    model: nn.Module,
+    updates: Sequence[Update],
+    loss: Loss,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    own: torch.dtype,
+    sample: Any,
+) -> tuple[DeltaEngine, Probe, str]:
+    """The delta engine in the precision that suits the net."""
+    first = dtype if dtype is not None else torch.bfloat16 if own in HALF else own
+    runner, found, chunks = _fitting(model, updates, loss, device, first, sample)
+    kinks = runner.kinks()
+    if dtype is None and own in HALF and kinks:
+        runner, found, chunks = _fitting(model, updates, loss, device, torch.float32, sample)
+        why = f"{', '.join(kinks)} in bfloat16 would flip masks"
+        return runner, found, f"{_word(own)} weights in float32: {why}{chunks}"
+    why = "as asked" if dtype is not None else "the model's own"
+    why = "float16 weights, whose changes would underflow" if dtype is None and own is torch.float16 else why
+    generic = runner.record()["generic_rules"]
+    also = f"; in float64 for want of a rule: {', '.join(generic)}" if generic else ""
+    return runner, found, f"every change carried, {_word(runner.dtype)} ({why}){also}{chunks}"
+
+
+def _fitting(
+    model: nn.Module,
+    updates: Sequence[Update],
+    loss: Loss,
+    device: torch.device,
+    dtype: torch.dtype,
+    sample: Any,
+) -> tuple[DeltaEngine, Probe, str]:
+    """The engine with as many queries in a stack as memory holds for a sample; what it showed; a word on chunks."""
+    chunk = len(updates)
+    if chunk > FEW:
+        found = probe(DeltaEngine(model, updates[:1], loss, device, dtype).output, sample)
+        rows = free_bytes(device) // SHARE * 2 // max(1, found.bytes)  # a stack of one query has two rows
+        chunk = max(1, min(chunk, rows - 1))
+    runner = DeltaEngine(model, updates, loss, device, dtype, chunk)
+    said = f"; queries in chunks of {chunk}" if chunk < len(updates) else ""
+    return runner, probe(runner.output, sample), said
+
+
+def _too_large(updates: Sequence[Update], keep: int) -> str:
+    """Why the changes cannot be held at once beside the user's own, or nothing."""
+    need = sum(update.nbytes for update in updates)
+    return f"the updates' {need / 2**30:.3g} GiB leave no room for stacks" if need > keep else ""
+
+
+def _own(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
