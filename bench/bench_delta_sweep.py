@@ -1,0 +1,205 @@
+"""The carried change end to end: time, peak memory and error beside pairs of plain forwards and ``torch.func.jvp``.
+
+Four ways over the same samples, each in a process of its own: the delta engine in bfloat16 and in float32, the pair
+engine in float32, forward-mode differentiation in float32 (query by query, all it can do). Truth is the pair engine in
+float64. GPT-2's updates are random factors of rank 32 in every linear layer and random changes of the rest; ResNet's
+are dense, for a convolution's change has no factors. Times are of scoring alone, after one sample to warm up; every
+way takes the batch that the planner gives it, jvp the pair engine's.
+
+    python bench/bench_delta_sweep.py [--models gpt2 resnet18] [--queries 1 4 16] [--save] [--quick]
+    python bench/bench_delta_sweep.py --ops gpt2 4      # where the delta engine's time goes, function by function
+
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import bench_sweep
+import finf_fast as ff
+import table
+from bench_delta_accuracy import Called, error
+from finf_fast import loss as losses
+from finf_fast.delta import DeltaEngine
+from finf_fast.delta import engine as delta_engine
+from finf_fast.delta.table import name_of
+from finf_fast.lowrank import LowRank, dense
+from finf_fast.pair import PairEngine
+from finf_fast.planning import free_bytes, make_plan, probe
+from finf_fast.transfer import rows
+
+CPU = torch.device("cpu")
+RANK = 32
+SIZE = 1e-5  # of the change of a weight, beside weights of 0.02 (GPT-2) and more: a small step, as mirrors take
+SAMPLES = {"gpt2": {1: 8, 4: 4, 16: 2}, "resnet18": {1: 256, 4: 128, 16: 64}}
+WAYS = ("carried_bf16", "carried_fp32", "pair_fp32", "jvp_fp32")
+
+
+def updates_of(model: nn.Module, queries: int) -> list[ff.Update]:
+    """Q random updates: low rank where the weight is that of a linear layer, dense elsewhere."""
+    torch.manual_seed(1)
+    return [ff.Update({name: change(p) for name, p in model.named_parameters()}) for _ in range(queries)]
+
+
+def change(p: Tensor) -> Tensor | LowRank:
+    if p.dim() != 2 or min(p.shape) < 2 * RANK:
+        return SIZE * torch.randn_like(p)
+    u, v = torch.randn(p.shape[0], RANK), torch.randn(p.shape[1], RANK)
+    return LowRank(SIZE * RANK**-0.5 * u, v)
+
+
+def work(case: str, queries: int, samples: int) -> tuple[nn.Module, Any, list[ff.Update], losses.Loss]:
+    build, data, loss, _, _ = bench_sweep.CASES[case]
+    torch.manual_seed(0)
+    model = build().eval()
+    corpus = data(samples).corpus()
+    return model, corpus.read(0, samples), updates_of(model, queries), losses.resolve(loss)
+
+
+def engine_of(way: str, model: nn.Module, updates: list[ff.Update], loss: losses.Loss) -> Any:
+    kind, _, word = way.partition("_")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[word]
+    if kind == "carried":
+        return DeltaEngine(model, updates, loss, CPU, dtype)
+    return PairEngine(model, updates, loss, CPU, dtype, keep=free_bytes(CPU) // 4)  # as in a sweep
+
+
+def one(case: str, way: str, queries: int, samples: int) -> dict[str, Any]:
+    """One run in this process: seconds, peak MiB and the scores."""
+    model, batch, updates, loss = work(case, queries, samples)
+    if way.startswith("jvp"):
+        score, size = derivatives(model, updates, loss), 1 if case == "gpt2" else 64
+        score(rows(batch, 0, 1))
+    else:
+        engine = engine_of(way, model, updates, loss)
+        found = probe(engine.output, rows(batch, 0, 1))
+        size = make_plan(found, 0, samples, CPU, None, rows=engine.rows).block
+        score = lambda part: engine.score(part).delta  # noqa: E731
+        score(rows(batch, 0, 1))
+    since = time.perf_counter()
+    delta = torch.cat([score(rows(batch, at, min(at + size, samples))) for at in range(0, samples, size)], 1)
+    seconds = time.perf_counter() - since
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds, "peak_mib": peak, "delta": delta.double().tolist(), "batch": size}
+
+
+def derivatives(model: nn.Module, updates: list[ff.Update], loss: losses.Loss) -> Any:
+    """Scores of a batch by forward-mode differentiation, one query after another."""
+    net = Called(model.requires_grad_(False), loss)
+    primals = dict(net.named_parameters())
+    tangents = [{f"net.{name}": dense(c) for name, c in update.params.items()} for update in updates]
+
+    def score(batch: Any) -> Tensor:
+        found = []
+        for tangent in tangents:
+            with sdpa_kernel(SDPBackend.MATH):
+                call = lambda weights: functional_call(net, weights, (batch,))  # noqa: E731
+                found.append(jvp(call, (primals,), (tangent,))[1])
+        return torch.stack(found)
+
+    return score
+
+
+def apart(case: str, way: str, queries: int, samples: int) -> dict[str, Any]:
+    """One run in a process of its own."""
+    command = [sys.executable, __file__, "--one", case, way, str(queries), str(samples)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{case} {way} Q={queries} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(case: str, queries: int, samples: int) -> list[dict[str, object]]:
+    """A row a way, the ratios against pairs in float32 of the same run."""
+    runs = {way: apart(case, way, queries, samples) for way in (*WAYS, "pair_fp64")}
+    true = torch.tensor(runs.pop("pair_fp64")["delta"])
+    base = runs["pair_fp32"]["seconds"]
+    return [
+        {
+            "case": case,
+            "Q": queries,
+            "way": way,
+            "samples": samples,
+            "batch": run["batch"],
+            "seconds": round(run["seconds"], 2),
+            "times_pair_fp32": round(run["seconds"] / base, 2),
+            "peak_mib": round(run["peak_mib"]),
+            "error": float(f"{error(torch.tensor(run['delta']), true):.2g}"),
+        }
+        for way, run in runs.items()
+    ]
+
+
+def ops(case: str, queries: int) -> list[dict[str, object]]:
+    """Milliseconds of one bfloat16 forward by function of torch; what waits (linear layers) is formed at once."""
+    model, batch, updates, loss = work(case, queries, 1 if case == "gpt2" else 16)
+    engine = engine_of("carried_bf16", model, updates, loss)
+    engine.score(batch)
+    spent, carry = Counter(), delta_engine.carry
+
+    def timed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        since = time.perf_counter()
+        result = carry(func, args, kwargs)
+        if hasattr(result, "form") and result.shape[-1] < delta_engine.FUSED_WIDTH * 8:
+            result.form()
+        spent[name_of(func)] += time.perf_counter() - since
+        return result
+
+    delta_engine.carry = timed
+    since = time.perf_counter()
+    try:
+        engine.score(batch)
+    finally:
+        delta_engine.carry = carry
+    whole = time.perf_counter() - since
+    spent["fused modules, head and loss"] = whole - sum(spent.values())
+    return [
+        {
+            "case": f"{case} by function",
+            "Q": queries,
+            "function": name,
+            "ms": round(1e3 * s, 1),
+            "%": round(100 * s / whole),
+        }
+        for name, s in spent.most_common(8)
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = table.parser(__doc__.splitlines()[0])
+    options.add_argument("--models", nargs="+", default=list(SAMPLES), choices=list(SAMPLES))
+    options.add_argument("--queries", nargs="+", type=int, default=[1, 4, 16])
+    options.add_argument("--ops", nargs=2, metavar=("MODEL", "Q"), help="only where the time goes")
+    options = options.parse_args(argv)
+    if options.ops:
+        found = ops(options.ops[0], int(options.ops[1]))
+    else:
+        cases = [(case, q) for case in options.models for q in options.queries]
+        found = []
+        for case, q in cases[:1] if options.quick else cases:
+            found += compare(case, q, 1 if options.quick else SAMPLES[case].get(q, 2))
+            for row in found[-len(WAYS) :]:
+                print(bench_sweep.show(row), flush=True)
+    if options.ops:
+        print("\n".join(bench_sweep.show(row) for row in found))
+    if options.save:
+        print(f"saved to {table.append('delta_sweep', found, table.machine.describe())}")
+
+
+if __name__ == "__main__":
+    if "--one" in sys.argv:
+        case, way, queries, samples = sys.argv[2:]
+        print(json.dumps(one(case, way, int(queries), int(samples))))
+    else:
+        main()
