@@ -42,7 +42,7 @@ from finf_fast.transfer import rows
 CPU = torch.device("cpu")
 RANK = 32
 SIZE = 1e-5  # of the change of a weight, beside weights of 0.02 (GPT-2) and more: a small step, as mirrors take
-SAMPLES = {"gpt2": {1: 8, 4: 4, 16: 2}, "resnet18": {1: 256, 4: 128, 16: 64}}
+SAMPLES = {"gpt2": {1: 4, 4: 2, 16: 1}, "resnet18": {1: 256, 4: 128, 16: 64}}
 WAYS = ("carried_bf16", "carried_fp32", "pair_fp32", "jvp_fp32")
 
 
