@@ -62,7 +62,7 @@ def change(p: Tensor) -> Tensor | LowRank:
 def work(case: str, queries: int, samples: int) -> tuple[nn.Module, Any, list[ff.Update], losses.Loss]:
     build, data, loss, _, _ = bench_sweep.CASES[case]
     torch.manual_seed(0)
-    model = build().eval()
+    model = build().eval().bfloat16().float()  # as checkpoints are kept: every precision is asked about the same net
     corpus = data(samples).corpus()
     return model, corpus.read(0, samples), updates_of(model, queries), losses.resolve(loss)
 
