@@ -16,7 +16,7 @@ from torch import nn
 from finf_fast.delta import DeltaEngine, NotCarried
 from finf_fast.loss import Loss, Result
 from finf_fast.pair import PairEngine
-from finf_fast.planning import SHARE, Probe, free_bytes, probe
+from finf_fast.planning import SHARE, Probe, free_bytes, out_of_memory, probe
 from finf_fast.update import Update
 
 __all__ = ["ENGINES", "Chosen", "choose_engine"]
@@ -40,8 +40,10 @@ class Carried:
     def score(self, batch: Any) -> Result:
         try:
             return self._delta.score(batch)
-        except NotCarried as error:
-            self._by_pair[str(error)] = self._by_pair.get(str(error), 0) + 1
+        except Exception as error:  # a rule that fails on a legal model must not end a sweep that pairs can finish
+            if out_of_memory(error):
+                raise
+            self._by_pair[_said(error)] = self._by_pair.get(_said(error), 0) + 1
             self._pair = self._pair or self._make_pair()
             return self._pair.score(batch)
 
@@ -95,10 +97,10 @@ def choose_engine(
         return pair(reason)
     try:
         runner, found, reason = _carried(model, updates, loss, device, dtype, own, sample)
-    except NotCarried as error:
-        if engine == "delta":
+    except Exception as error:  # what is wrong with the model or the batch itself, pairs will say in their turn
+        if engine == "delta" or out_of_memory(error):
             raise
-        return pair(f"cannot be carried ({error})")
+        return pair(f"cannot be carried ({_said(error)})")
     if engine == "auto":
         plain = torch.float64 if runner.dtype is torch.float64 else torch.float32
         runner = Carried(runner, lambda: PairEngine(model, updates, loss, device, plain, keep=keep))
@@ -146,6 +148,10 @@ def _fitting(
     runner = DeltaEngine(model, updates, loss, device, dtype, chunk)
     said = f"; queries in chunks of {chunk}" if chunk < len(updates) else ""
     return runner, probe(runner.output, sample), said
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, NotCarried) else f"{type(error).__name__}: {error}"
 
 
 def _too_large(updates: Sequence[Update], keep: int) -> str:

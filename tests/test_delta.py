@@ -370,3 +370,37 @@ def test_chunks_of_queries_give_the_same_scores(name, monkeypatch):
     monkeypatch.setattr(engines, "free_bytes", lambda device: 0)
     plan = ff.sweep(case.model, updates * 2, case.batch, loss=case.loss).plan
     assert "queries in chunks of 1" in plan
+
+
+def test_a_rule_that_fails_leaves_the_sweep_to_pairs_and_says_so(monkeypatch):
+    from finf_fast.delta import table
+
+    case = architectures.build("mlp")
+    update = ff.mirror(case.model, case.queries[0], lr=1e-3)
+
+    def broken(*args, **kwargs):
+        raise TypeError("no such argument")
+
+    monkeypatch.setitem(table.RULES, F.gelu, broken)
+    found = ff.sweep(case.model, [update], case.batch)
+    assert found.plan.startswith("pair") and "TypeError: no such argument" in found.plan
+    with pytest.raises(TypeError, match="no such argument"):
+        ff.sweep(case.model, [update], case.batch, engine="delta")
+
+
+def test_a_later_batch_that_cannot_be_carried_is_scored_by_pairs_and_counted(monkeypatch):
+    case = architectures.build("mlp")
+    update = ff.mirror(case.model, case.queries[0], lr=1e-3)
+    real, calls = DeltaEngine.score, []
+
+    def sometimes(self, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise NotCarried("a branch")
+        return real(self, batch)
+
+    monkeypatch.setattr(DeltaEngine, "score", sometimes)
+    mixed = ff.sweep(case.model, [update], case.batch, batch_size=32)
+    assert mixed.record["batches_by_pair"] == {"a branch": 1}
+    pair = ff.sweep(case.model, [update], case.batch, batch_size=32, engine="pair")
+    assert (mixed.delta[:, 32:64] == pair.delta[:, 32:64]).all() and (mixed.delta[:, :32] != pair.delta[:, :32]).any()
