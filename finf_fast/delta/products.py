@@ -163,12 +163,7 @@ def convolve(function: Any, input: Any, weight: Any, bias: Any, args: tuple, kwa
     def run(x: Tensor, kernel: Tensor) -> Tensor:
         return function(x, kernel, None, *args, **kwargs)
 
-    if isinstance(input, Carried):
-        y = folded(run, input.stacked, W)
-    else:
-        value = run(input, W)
-        y = torch.zeros((count, *value.shape), dtype=value.dtype, device=value.device)
-        y[0] = value
+    y = _by_kernel(run, input, W, count)
     if isinstance(weight, Carried):
         filters = None if function in TRANSPOSED or W.shape[1] != input.shape[1] else run  # one group of channels
         _kernel_changes(run, filters, input, weight, y)
@@ -179,6 +174,23 @@ def convolve(function: Any, input: Any, weight: Any, bias: Any, args: tuple, kwa
         else:
             y[0] += bias.view(shape)
     return Stack(y)
+
+
+def _by_kernel(run: Any, input: Any, W: Tensor, count: int) -> Tensor:
+    """(1 + Q, …): the shared kernel on all rows in one call, or on the base's alone where nothing has changed yet."""
+    kept, x = current().kept, input.stacked if isinstance(input, Carried) else input[None]
+    key, value = (None, None) if kept is None else kept.find(x[0], W)
+    if value is None and len(x) > 1:
+        y = folded(run, x, W)
+    else:
+        value = run(x[0], W) if value is None else value
+        y = torch.zeros((count, *value.shape), dtype=value.dtype, device=value.device)
+        y[0] = value
+        if len(x) > 1:
+            y[1:] = folded(run, x[1:], W)
+    if kept is not None:
+        kept.keep(key, x[0], y[0])
+    return y
 
 
 def _kernel_changes(run: Any, filters: Any, input: Any, weight: Any, y: Tensor) -> None:
