@@ -157,6 +157,7 @@ class State:
         self.generic: dict[str, int] = {}
         self.plain: dict[Any, int] = {}
         self.carried: dict[Any, int] = {}
+        self.kinks: set[str] = set()
         self._adopted: dict[int, tuple[Tensor, Stack]] = {}
         self._storages: set[int] = set()
         self._pending: list[Any] = []
