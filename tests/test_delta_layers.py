@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from delta_cases import WORLDS, B, C, P, S, case
+from finf_fast.delta.stack import Stack
 
 ROWS, IMAGE = S((2, 4, 6), tame=1.0), S((2, 4, 3, 3), tame=1.0)
 W, BIAS = C((6,), near=1.0), C((6,), tame=1.0)
@@ -60,6 +61,13 @@ def multi_head(x, w, b, out, key=None, **settings):
     return F.multi_head_attention_forward(
         x, key, key, 6, 2, w, b, None, None, False, 0.0, out, None, training=False, need_weights=False, **settings
     )[0]
+
+
+def with_weights(x, w, b, out, mask=None, **settings):
+    """Output and weights, of all heads together and of each."""
+    rest = (6, 2, w, b, None, None, False, 0.0, out, None, False, None, True, mask)
+    parts = [F.multi_head_attention_forward(x, x, x, *rest, average_attn_weights=mean) for mean in (True, False)]
+    return [part for both in parts for part in both]
 
 
 def module(batch_first, **settings):
@@ -208,6 +216,24 @@ CASES += [
     ),
     *(
         case(
+            f"multi-head with its weights, {kind}",
+            with_weights,
+            *x,
+            C((18, 6), form="low", tame=0.4),
+            C((18,), tame=1.0),
+            P((6, 6), tame=1.0),
+            *mask,
+            slack=8,  # scores rounded in half precision as well
+        )
+        for kind, x, mask in (
+            ("batch", [S((5, 2, 6), tame=1.0)], []),
+            ("masked", [S((5, 2, 6), tame=1.0)], [P((5, 5), tame=1.0)]),
+            ("one", [S((5, 6), tame=1.0)], []),
+            ("plain", [P((5, 2, 6), tame=1.0)], []),
+        )
+    ),
+    *(
+        case(
             f"module {first}",
             module(first),
             S((2, 3, 6) if first else (3, 2, 6), tame=1.0),
@@ -226,3 +252,20 @@ CASES += [
 @given(st.data())
 def test_a_rule_is_the_change_in_float64(one, data):
     one.check(data.draw(WORLDS))
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_a_module_returns_are_those_of_torch(mean, first):
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(6, 2, batch_first=first, dtype=torch.float64).eval()
+    for shape in ((2, 5, 6), (5, 6)):
+        x = torch.randn(shape, dtype=torch.float64)
+        padding = torch.zeros(shape[:-1] if first or len(shape) == 2 else (5, 2), dtype=torch.bool)
+        padding[..., -1] = True
+        stack = Stack(torch.stack([x, torch.zeros_like(x)]))
+        for mask in ({}, {"key_padding_mask": padding}):
+            found, wanted = (m(y, y, y, average_attn_weights=mean, **mask) for y in (stack, x))
+            for one, other in zip(found, wanted, strict=True):
+                assert one.shape == other.shape and not one.stacked[1].any()
+                torch.testing.assert_close(one.stacked[0], other)
