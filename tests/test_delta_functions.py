@@ -98,6 +98,11 @@ CASES += [
     case("round decimals", lambda x: (torch.round(x, decimals=1), x.ceil().to(torch.int64)), X),
     case("steps of integers", lambda i: (i.sign(), i.abs()), IS((3, 4), 5)),
     case("glu", lambda x: (F.glu(x), F.glu(x, dim=0), F.glu(x, 1), torch._C._nn.glu(x, 0)), S((4, 6))),
+    case(
+        "softplus with a threshold",
+        lambda x: (F.softplus(x, 1.0, 0.5), F.softplus(x, beta=2, threshold=-1), F.softplus(x, threshold=50)),
+        X,
+    ),
     case("softmax", lambda x: (torch.softmax(x, -1), x.softmax(0), F.softmax(x, dim=1), torch.softmax(x, dim=-2)), X),
     case("softmax special", lambda x: (torch.special.softmax(x, 1), torch._softmax(x, 1, False)), X),
     case("softmax of scores", lambda x: F.softmax(x, -1), S((2, 2, 3, 5))),

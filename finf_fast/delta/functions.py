@@ -59,9 +59,20 @@ rule("__abs__", "absolute")(lambda input: mapped_change(input, torch.abs, change
 
 @rule("softplus")
 def softplus(input, beta=1.0, threshold=20.0):
-    return mapped_change(
-        input, lambda h: F.softplus(h, beta, threshold), lambda h, d: changes.softplus_change(h, d, beta)
-    )
+    def change(h: Tensor, d: Tensor) -> Tensor:
+        smooth = changes.softplus_change(h, d, beta)
+        return smooth if threshold == 20 else _above_threshold(smooth, h, d, beta, threshold)
+
+    return mapped_change(input, lambda h: F.softplus(h, beta, threshold), change)
+
+
+def _above_threshold(smooth: Tensor, h: Tensor, d: Tensor, beta: float, threshold: float) -> Tensor:
+    """softplus' change where torch takes x for it past a threshold, a step down by softplus(-x), 2e-9 at 20."""
+    after = h.double() + d.double()  # which side of the step, not to be decided by rounding
+    was, over = h.double() * beta > threshold, after * beta > threshold
+    left, missed = F.logsigmoid(beta * h) / beta, F.logsigmoid(beta * after).to(h.dtype) / beta
+    crossed = smooth + torch.where(over, missed, 0) - torch.where(was, left, 0)
+    return torch.where(was & over, d, crossed)
 
 
 @rule("logsigmoid")
