@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delta_cases import BS, IS, WORLDS, B, C, I, P, S, case
+from delta_cases import BS, IS, WORLDS, B, C, I, P, S, World, case
 
 X, X3, IMAGE, COUNTS = S((4, 6)), S((2, 3, 4)), S((2, 4, 5, 6)), IS((3, 4), 5)
 TABLE = {form: C((7, 5), form=form) for form in ("dense", "low", "mixed")}
@@ -32,6 +33,20 @@ CASES = [
         X,
         IS((3,), 4),
         I((3,), 4),
+    ),
+    case(
+        "getitem by arrays",
+        lambda x: (
+            x[np.array([0, 1]), :, np.array([2, 3])],
+            x[[1, 0], :, [2, 3]],
+            x[1, :, np.array([0, 3, 3])],
+            x[np.int64(1), :, [0, 3, 3]],
+            x[range(2), :, 3],
+            x[np.array([[0, 1], [1, 1]])],
+            x[:, np.array([True, False, True])],
+            x[[]],
+        ),
+        X3,
     ),
     case("getitem of plain", lambda x, i: (x[i], x[0, i], x[i, :2]), P((4, 6)), IS((2, 3), 4)),
     case("getitem of changed", lambda x, i: x[i], TABLE["mixed"], IS((3,), 7)),
@@ -211,6 +226,43 @@ CASES = [
     case("fold", lambda x: F.fold(x, (4, 5), 2), S((2, 8, 12))),
     case("fold of one", lambda x: F.fold(x, (4, 5), kernel_size=2), S((8, 12))),
 ]
+
+
+# Of these the layout decides what they write into.
+LAYOUTS = [
+    case(
+        "what is contiguous is itself",
+        _written(lambda x: (x[1:3].contiguous().mul_(2), x[:2].to(memory_format=torch.preserve_format).add_(1))),
+        X,
+    ),
+    case("what is not is a copy", _written(lambda x: (x.mT.contiguous().mul_(2), x[:, 1:3].contiguous().add_(1))), X),
+    case(
+        "channels_last itself",
+        _written(
+            lambda x: (
+                x.to(memory_format=torch.channels_last).add_(1),
+                x[:, :, 1:3].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).mul_(3),
+                x[1:].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).mul_(2),
+            )
+        ),
+        IMAGE,
+    ),
+    case(
+        "a clone is none",
+        _written(
+            lambda x: (
+                x.clone(memory_format=torch.contiguous_format).add_(1),
+                x.permute(0, 3, 1, 2).clone(memory_format=torch.channels_last).mul_(2),
+            )
+        ),
+        IMAGE,
+    ),
+]
+
+
+@pytest.mark.parametrize("one", LAYOUTS, ids=lambda c: c.name)
+def test_what_torch_would_not_copy_is_written_into(one):
+    one.check(World(torch.float64))
 
 
 @pytest.mark.filterwarnings("ignore:`nn.functional.upsample` is deprecated")

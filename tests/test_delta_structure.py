@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -365,6 +366,12 @@ MOVES = [
         I((2,), 4),
     ),
     case("setitem apart", lambda x, y: (x.__setitem__(([0, 1], slice(None), [2, 0]), y), x)[-1], X3, S((2, 3))),
+    case(
+        "setitem by arrays",
+        lambda x, y: (x.__setitem__((np.array([0, 1]), slice(None), np.array([2, 0])), y), x)[-1],
+        X3,
+        S((2, 3)),
+    ),
     case("setitem by a mask", lambda x, y, m: (x.__setitem__(m, y), x)[-1], X, S(()), B((4, 6))),
     case("setitem by rows", lambda x, y, m: (x.__setitem__(m, y), x)[-1], X, S((6,)), B((4,))),
     case(

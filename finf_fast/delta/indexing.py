@@ -12,7 +12,7 @@ from finf_fast.delta.integers import agreed, collapse
 from finf_fast.delta.products import slice_of
 from finf_fast.delta.reductions import moved, picked
 from finf_fast.delta.stack import Carried, Changed, NotCarried, Stack, align, lift
-from finf_fast.delta.structure import behind, count_of, expand, splits
+from finf_fast.delta.structure import as_index, behind, count_of, expand, splits
 from finf_fast.delta.table import rule, unruled
 
 
@@ -21,8 +21,7 @@ def getitem(x, index):
     one_matrix = isinstance(x, Changed) and isinstance(index, int) and x.base.dim() == 3
     if one_matrix and all(group.dense is not None for group in x.groups):
         return slice_of(x, index)
-    index = index if isinstance(index, tuple) else (index,)
-    index = tuple(torch.tensor(i) if isinstance(i, list) else i for i in index)
+    index = as_index(index)
     if any(isinstance(i, Carried) and i.dtype is torch.bool for i in index):
         index = tuple(agreed(i, "indexing by a mask") if isinstance(i, Carried) else i for i in index)
     if any(isinstance(i, Carried) for i in index):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from finf_fast.delta.integers import collapse
-from finf_fast.delta.stack import Carried, Changed, NotCarried, Stack, align, lift, values_of
+from finf_fast.delta.stack import Carried, Changed, NotCarried, Stack, align, lift, untouched, values_of
 from finf_fast.delta.table import assign, rule, words
 
 
@@ -134,6 +135,9 @@ def repeat_interleave(x, repeats, dim=None, *, output_size=None):
 
 @rule("contiguous")
 def contiguous(x, memory_format=torch.contiguous_format):
+    with untouched():  # as torch sees it: a copy where torch gives x itself would miss what is later written into x
+        if memory_format is not torch.preserve_format and x.is_contiguous(memory_format=memory_format):
+            return x
     s = x.stacked
     if memory_format in (torch.contiguous_format, torch.preserve_format):
         return Stack(s.contiguous())
@@ -143,7 +147,10 @@ def contiguous(x, memory_format=torch.contiguous_format):
 
 @rule("clone")
 def clone(x, *, memory_format=torch.preserve_format):
-    return contiguous(x, memory_format) if memory_format is torch.channels_last else Stack(x.stacked.clone())
+    if memory_format is torch.preserve_format:
+        return Stack(x.stacked.clone())
+    found = contiguous(x, memory_format)
+    return Stack(x.stacked.clone()) if found is x else found
 
 
 @rule("detach", "alias", "data", "cpu", "lift_fresh", "real", "resolve_conj", "resolve_neg")
@@ -174,7 +181,7 @@ def to(x, *args, **kwargs):
     moved = cast(x, dtype) if dtype is not None else x
     if kwargs.get("copy") and moved is x:
         moved = clone(x)
-    return moved if format is None else contiguous(moved, format)
+    return moved if format in (None, torch.preserve_format) else contiguous(moved, format)
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
@@ -351,7 +358,8 @@ for _name in words("zeros_like ones_like empty_like full_like new_zeros new_ones
 
 @rule("__setitem__")
 def setitem(x, index, value):
-    if isinstance(index, Carried) or (isinstance(index, tuple) and any(isinstance(i, Carried) for i in index)):
+    index = as_index(index)
+    if any(isinstance(i, Carried) for i in index):
         raise NotCarried("the model writes at places that changed values point to")
     from finf_fast.delta.table import current
 
@@ -359,7 +367,6 @@ def setitem(x, index, value):
         x = current().adopt(x, count_of(value))
     current().settle()
     s = x.stacked
-    index = index if isinstance(index, tuple) else (index,)
     source = lift(value, len(s), s).to(s.dtype)
     if splits(index):
         for row, part in zip(s, source, strict=True):
@@ -369,9 +376,25 @@ def setitem(x, index, value):
     s[(slice(None), *index)] = align(source, room.dim() - 1)
 
 
+def as_index(index: Any) -> tuple:
+    """What stands in brackets, as torch takes it: arrays and lists as tensors, numpy's numbers as Python's."""
+    if isinstance(index, list) and not all(isinstance(i, (bool, int, np.integer)) for i in index):
+        index = tuple(index)  # torch's old habit
+    return tuple(_one_index(i) for i in (index if isinstance(index, tuple) else (index,)))
+
+
+def _one_index(i: Any) -> Any:
+    if isinstance(i, np.integer):
+        return int(i)
+    if not isinstance(i, (list, tuple, range, np.ndarray)):
+        return i
+    found = torch.as_tensor(i)
+    return found if found.numel() else found.long()
+
+
 def splits(index: tuple) -> bool:
     """Whether torch puts the dimension picked by these where it depends on what else stands before the first one."""
-    several = sum(isinstance(i, (Tensor, list)) for i in index)
+    several = sum(isinstance(i, Tensor) for i in index)
     return several > 0 and several + sum(type(i) is int for i in index) > 1
 
 
