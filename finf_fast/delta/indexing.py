@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finf_fast.delta.brackets import as_index, splits
 from finf_fast.delta.integers import agreed, collapse
 from finf_fast.delta.products import slice_of
 from finf_fast.delta.reductions import moved, picked
 from finf_fast.delta.stack import Carried, Changed, NotCarried, Stack, align, lift
-from finf_fast.delta.structure import as_index, behind, count_of, expand, splits
+from finf_fast.delta.structure import behind, count_of, expand
 from finf_fast.delta.table import rule, unruled
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finf_fast.delta.brackets import as_index, splits
 from finf_fast.delta.integers import collapse
 from finf_fast.delta.stack import Carried, Changed, NotCarried, Stack, align, lift, untouched, values_of
 from finf_fast.delta.table import assign, rule, words
@@ -374,28 +374,6 @@ def setitem(x, index, value):
         return
     room = s[(slice(None), *index)]
     s[(slice(None), *index)] = align(source, room.dim() - 1)
-
-
-def as_index(index: Any) -> tuple:
-    """What stands in brackets, as torch takes it: arrays and lists as tensors, numpy's numbers as Python's."""
-    if isinstance(index, list) and not all(isinstance(i, (bool, int, np.integer)) for i in index):
-        index = tuple(index)  # torch's old habit
-    return tuple(_one_index(i) for i in (index if isinstance(index, tuple) else (index,)))
-
-
-def _one_index(i: Any) -> Any:
-    if isinstance(i, np.integer):
-        return int(i)
-    if not isinstance(i, (list, tuple, range, np.ndarray)):
-        return i
-    found = torch.as_tensor(i)
-    return found if found.numel() else found.long()
-
-
-def splits(index: tuple) -> bool:
-    """Whether torch puts the dimension picked by these where it depends on what else stands before the first one."""
-    several = sum(isinstance(i, Tensor) for i in index)
-    return several > 0 and several + sum(type(i) is int for i in index) > 1
 
 
 @rule("copy_")
