@@ -100,7 +100,7 @@ def make_plan(
     Raises:
         ValueError: ``batch_size`` below 1.
     """
-    threads, engine = torch.get_num_threads(), f"{engine}; " if engine else ""
+    threads, engine = torch.get_num_threads(), f"{_one_line(engine)}; " if engine else ""
     if batch_size is not None:
         if batch_size < 1:
             raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
@@ -111,6 +111,12 @@ def make_plan(
     size = 1 << (fits.bit_length() - 1)
     need = f"{found.bytes / 2**20:.3g} MiB a sample, {free / 2**30:.3g} GiB free"
     return Plan(start, stop, size, threads=threads, reason=f"{engine}batch of {size}: {need}")
+
+
+def _one_line(reason: str) -> str:
+    """A reason may quote an exception of many lines: its first and its last say what and where."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    return reason if len(lines) < 2 else f"{lines[0]} … {lines[-1]}"
 
 
 def free_bytes(device: torch.device) -> int:

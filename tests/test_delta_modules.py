@@ -269,3 +269,12 @@ class PickyGate(Gate):
 def test_a_module_that_will_not_have_a_made_up_input_is_left_alone(module):
     assert modules.install(nn.Sequential(module)) == {}
     assert_exact(Seeing(module, 8))
+
+
+def test_a_fused_relu_counts_as_a_kink():
+    torch.manual_seed(0)
+    net, batch = Seeing(Gate(act=nn.ReLU()), 8), (torch.randn(6, 8), torch.randint(0, 5, (6,)))
+    update = ff.mirror(net, (batch[0][:1], batch[1][:1]), lr=1e-2)
+    runner = DeltaEngine(net, [update], resolve("cross_entropy"), torch.device("cpu"), torch.float32)
+    runner.score(batch)
+    assert runner.record()["fused_modules"] == {"gated": 1} and runner.kinks() == ["relu"]

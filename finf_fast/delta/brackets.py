@@ -11,7 +11,7 @@ from torch import Tensor
 
 def as_index(index: Any) -> tuple:
     """One for each dimension it concerns: arrays and lists as tensors, numpy's numbers as Python's."""
-    if isinstance(index, list) and not all(isinstance(i, (bool, int, np.integer)) for i in index):
+    if isinstance(index, list) and not all(isinstance(i, (bool, int, np.bool_, np.integer)) for i in index):
         index = tuple(index)  # torch's old habit
     return tuple(_one_index(i) for i in (index if isinstance(index, tuple) else (index,)))
 
@@ -21,7 +21,7 @@ def _one_index(i: Any) -> Any:
         return int(i)
     if not isinstance(i, (list, tuple, range, np.ndarray)):
         return i
-    found = torch.as_tensor(i)
+    found = torch.tensor(i)
     return found if found.numel() else found.long()
 
 

@@ -37,6 +37,7 @@ from finf_fast.delta import (
 )
 from finf_fast.delta.head import Linear
 from finf_fast.delta.kept import Kept
+from finf_fast.delta.kinks import kink
 from finf_fast.delta.stack import Carried, NotCarried, lift
 from finf_fast.delta.table import State, carry, fresh, name_of, writes
 from finf_fast.delta.weights import weight_sets
@@ -51,7 +52,6 @@ __all__ = ["DeltaEngine", "NotCarried"]
 RULES = (arithmetic, choices, functions, generic, head, indexing, integers, joins)
 MORE_RULES = (layers, products, reductions, structure)
 FUSED_WIDTH = 1024  # classes; a narrower head is cheaper formed than walked in panels
-KINKS = {"relu", "relu6", "max_pool1d", "max_pool2d", "max_pool3d", "topk", "max", "amax", "sort", "argmax", "clamp"}
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,6 +69,7 @@ class Carrying(TorchFunctionMode):
             args, kwargs = tree_map(state.adopted, args), tree_map(state.adopted, kwargs)
             types = {type(x) for x in torch.utils._pytree.tree_leaves((args, kwargs))}
         if any(issubclass(kind, Carried) for kind in types):
+            state.kinks.add(kink(func, args, kwargs))
             return carry(func, args, kwargs)
         state.plain[func] = state.plain.get(func, 0) + 1
         if state.waits and ("out" in kwargs or kwargs.get("inplace") or writes(func)):
@@ -163,12 +164,14 @@ class DeltaEngine:
 
     def kinks(self) -> list[str]:
         """Operations seen so far whose masks a rounding flips: they decide what half precision can show."""
-        seen = {name_of(func).strip("_") for func in self._state.carried}
-        return sorted(seen & KINKS)
+        return sorted(self._state.kinks - {None})
 
     def plain_calls(self) -> dict[str, int]:
         """How often each function of torch ran on plain tensors, by name: what no query changes is computed once."""
-        return {getattr(func, "__name__", str(func)): count for func, count in self._state.plain.items()}
+        counts: dict[str, int] = {}
+        for func, count in self._state.plain.items():
+            counts[name_of(func)] = counts.get(name_of(func), 0) + count
+        return counts
 
     def output(self, batch: Any) -> Tensor:
         """Output of the model as it is, (B, ...), by way of a whole stack: what planning measures."""

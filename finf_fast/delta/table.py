@@ -157,7 +157,7 @@ class State:
         self.generic: dict[str, int] = {}
         self.plain: dict[Any, int] = {}
         self.carried: dict[Any, int] = {}
-        self.kinks: set[str] = set()
+        self.kinks: set[str | None] = set()
         self._adopted: dict[int, tuple[Tensor, Stack]] = {}
         self._storages: set[int] = set()
         self._pending: list[Any] = []
@@ -248,8 +248,11 @@ def writes(func: Any) -> bool:
 
 
 def name_of(func: Any) -> str:
-    """A function's name for the record, a property's for its getter."""
+    """A function's name for the record, a property's for its getter. A compiled function without one goes by its kind:
+    what tells one such object from another is its address, different in every run."""
     owner = getattr(func, "__self__", None)
     if getattr(func, "__name__", "") in ("__get__", "__set__") and owner is not None:
         return f"{owner.__name__}.{func.__name__}"
-    return getattr(func, "__name__", str(func))
+    # TorchScript's objects have their name under `name` and may give their class's as `__name__`.
+    names = (getattr(func, "name", None), getattr(func, "__name__", None))
+    return next((name for name in names if isinstance(name, str)), type(func).__name__)
