@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.layer_norm_delta import check_row_norm
+from finf_fast.ops.border import CODES
+from finf_fast.ops.layer_norm_delta import check_row_norm, parameter, stack_of_rows
 from finf_fast.ops.register import register
 
 __all__ = ["rms_norm_delta"]
@@ -56,7 +58,19 @@ def _run_reference(stack, weight, dweight, residual, eps):
     return [out] if residual is None else list(out)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(stack, weight, dweight, residual, eps):
+    out = _allocate(stack, weight, dweight, residual, eps)
+    (x, at), (other, also) = stack_of_rows(stack), stack_of_rows(residual)
+    (weight, w), (dweight, dw) = parameter(weight), parameter(dweight)
+    y, total = out[0], out[1].data_ptr() if residual is not None else 0
+    dispatch.compiled().rms_norm_delta(
+        *(at[0], CODES[stack.dtype], *at[1:], *also, w, dw, y.data_ptr(), total),
+        *(x.shape[1], x.shape[2], len(y) - 1, eps, torch.get_num_threads()),
+    )
+    return out
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 
 @register(

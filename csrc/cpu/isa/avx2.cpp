@@ -21,10 +21,12 @@ namespace {
 
 using finf::Bf16;
 using finf::Change;
+using finf::NormRows;
 using finf::Row;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
+#define FINF_MEMBER inline __attribute__((always_inline))
 
 struct Vec {
     static constexpr int W = 8;
@@ -40,6 +42,22 @@ FINF_INLINE Vec load(const Bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 FINF_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+
+// To the nearest bfloat16, ties to even; a NaN to a NaN.
+FINF_INLINE __m128i narrow(Vec a) {
+    const __m256i bits = _mm256_castps_si256(a.v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+FINF_INLINE void store(Bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+// Past the cache, to an address that a vector's size divides; `fence` after the last of them.
+FINF_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+FINF_INLINE void stream(Bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+FINF_INLINE void fence() { _mm_sfence(); }
 
 FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
@@ -74,7 +92,15 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
     return load(lanes);
 }
 
+template <class T>
+FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
+    T lanes[Vec::W];
+    store(lanes, a);
+    for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
+}
+
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/normalize.inl.h"
 
 }  // namespace
 
@@ -85,7 +111,7 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA};
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS};
 }
 
 #endif

@@ -22,10 +22,12 @@ namespace {
 
 using finf::Bf16;
 using finf::Change;
+using finf::NormRows;
 using finf::Row;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
+#define FINF_MEMBER inline __attribute__((always_inline))
 
 struct Vec {
     static constexpr int W = 16;
@@ -40,6 +42,21 @@ FINF_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 FINF_INLINE Vec load(const Bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 FINF_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 
+// To the nearest bfloat16, ties to even; a NaN to a NaN.
+FINF_INLINE __m256i narrow(Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.v),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(1 << 22)), 16));
+}
+FINF_INLINE void store(Bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+// Past the cache, to an address that a vector's size divides; `fence` after the last of them.
+FINF_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+FINF_INLINE void stream(Bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+FINF_INLINE void fence() { _mm_sfence(); }
+
 FINF_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
 FINF_INLINE Vec load_first(const float* p, int64_t count, float fill) {
     return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), p);
@@ -47,6 +64,8 @@ FINF_INLINE Vec load_first(const float* p, int64_t count, float fill) {
 FINF_INLINE Vec load_first(const Bf16* p, int64_t count, Bf16 fill) {
     return widen(_mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(fill.bits)), first(count), p));
 }
+FINF_INLINE void store_first(float* p, Vec a, int64_t count) { _mm512_mask_storeu_ps(p, first(count), a.v); }
+FINF_INLINE void store_first(Bf16* p, Vec a, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), narrow(a)); }
 
 FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
@@ -59,6 +78,7 @@ FINF_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/normalize.inl.h"
 
 }  // namespace
 
@@ -69,7 +89,7 @@ FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 #endif
 
 namespace finf {
-const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA};
+const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS};
 }
 
 #endif

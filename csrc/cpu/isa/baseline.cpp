@@ -10,10 +10,12 @@ namespace {
 
 using finf::Bf16;
 using finf::Change;
+using finf::NormRows;
 using finf::Row;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
+#define FINF_MEMBER inline __attribute__((always_inline))
 
 typedef float F4 __attribute__((vector_size(16)));
 typedef int32_t I4 __attribute__((vector_size(16)));
@@ -37,6 +39,18 @@ FINF_INLINE Vec load(const Bf16* p) {
     return (F4)(bits << 16);
 }
 FINF_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
+// To the nearest bfloat16, ties to even; a NaN to a NaN.
+FINF_INLINE void store(Bf16* p, Vec a) {
+    const U4 bits = (U4)a.v, near = bits + 0x7fff + (bits >> 16 & 1), nan = (U4)(a.v != a.v);
+    const U4 high = ((near & ~nan) | ((bits | 1 << 22) & nan)) >> 16;
+    for (int lane = 0; lane < Vec::W; ++lane) p[lane].bits = static_cast<uint16_t>(high[lane]);
+}
+// There is no portable way past the cache.
+template <class T>
+FINF_INLINE void stream(T* p, Vec a) {
+    store(p, a);
+}
+FINF_INLINE void fence() {}
 
 FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
@@ -65,10 +79,18 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
     return load(lanes);
 }
 
+template <class T>
+FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
+    T lanes[Vec::W];
+    store(lanes, a);
+    for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
+}
+
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/normalize.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA};
+const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS};
 }

@@ -39,9 +39,33 @@ struct CrossEntropyLoops {
     ScaledSum (*after)(const Row&, const Change&);
 };
 
+// The widest vector of any set, in numbers: room for whole vectors behind the end of a buffer.
+constexpr int64_t WIDEST = 16;
+
+// A norm of N rows of D numbers and of Q changes of each, with its residual. Strides in numbers; a row, and every row
+// of a result, lies side by side. Row n belongs to group n mod `groups`, which has a parameter for every `run` numbers
+// of a row; parameters and their changes (Q, groups D / run) are float32. `dweight` and `dbias` are both there or none.
+struct NormRows {
+    const void* x;  // (1+Q, N, D), or (1, N, D) where it does not move
+    int64_t x_stride_q, x_stride_n;
+    bool x_moves;
+    const void* residual;  // the same, or null
+    int64_t residual_stride_q, residual_stride_n;
+    bool residual_moves;
+    const float *weight, *bias, *dweight, *dbias;
+    void* y;    // (1+Q, N, D), written
+    void* sum;  // written where there is a residual: (1+Q, N, D), or (1, N, D) if neither moves
+    int64_t N, D, Q, groups, run;
+    double eps;
+    bool centred;
+    bool past_cache;  // y and sum go past the cache, see Result in tiles/elements.inl.h
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
+    // [type]: rows [begin, end), given 2 (D + WIDEST) numbers of scratch, zero at the start.
+    void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const Kernels BASELINE;

@@ -1,6 +1,7 @@
 // e^x and e^x - 1 over Vec. Included inside an instruction set's namespace.
 //
 // Contract of Vec's max(a, b): the second argument where either is NaN, so max(bound, x) lets a NaN through.
+#pragma once
 
 // Adding and taking away 1.5 * 2^23 leaves no bits after the point: round to the nearest whole number.
 constexpr float ROUNDER = 12582912.0f;

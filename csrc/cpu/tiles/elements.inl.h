@@ -1,0 +1,42 @@
+// Numbers in and out of a vector, tails included. Included inside an instruction set's namespace.
+#pragma once
+
+// The tail of a block, or a whole vector: `fill` stands for what is past the end.
+template <class T>
+FINF_INLINE Vec load_up_to(const T* p, int64_t count, T fill) {
+    return count >= Vec::W ? load(p) : load_first(p, count, fill);
+}
+
+template <class T>
+FINF_INLINE void store_up_to(T* p, Vec x, int64_t count) {
+    if (count >= Vec::W) {
+        store(p, x);
+    } else {
+        store_first(p, x, count);
+    }
+}
+
+// What a loop writes once and does not read again. `past_cache`: where it is too large to be found in a cache later,
+// whole vectors go straight to memory, which saves reading what they overwrite; they have to be aligned then.
+template <class T>
+struct Result {
+    T* p;
+    bool past_cache;
+};
+
+template <class T>
+FINF_INLINE void put(Result<T> to, int64_t v, Vec x, int64_t count) {
+    if (to.past_cache && count >= Vec::W) {
+        stream(to.p + v, x);
+    } else {
+        store_up_to(to.p + v, x, count);
+    }
+}
+
+FINF_INLINE float to_float(float x) { return x; }
+FINF_INLINE float to_float(Bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
