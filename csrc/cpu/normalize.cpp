@@ -1,15 +1,19 @@
 #include "normalize.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "parallel.h"
 #include "past_cache.h"
+#include "scratch.h"
 
 namespace finf {
 namespace {
 
 // Numbers of a task: about 20 microseconds, a few times what it takes to wake a thread.
 constexpr int64_t TASK_NUMBERS = 1 << 17;
+// Values of a task: 128 KiB, which wait in the second-level cache for the changes.
+constexpr int64_t TASK_VALUES = 1 << 15;
 
 void check(const NormRows& op, int64_t threads) {
     require_size("N", op.N);
@@ -58,10 +62,12 @@ void normalize(NormRows op, DType dtype, int64_t threads) {
     }
     op.past_cache = goes_past_cache(op, dtype);
     const auto rows = kernels().norm_rows[static_cast<int>(dtype)];
-    const int64_t row = op.D * (1 + op.Q), step = row < TASK_NUMBERS ? TASK_NUMBERS / row : 1;
+    const int64_t step = std::max<int64_t>(1, std::min(TASK_NUMBERS / (op.D * (1 + op.Q)), TASK_VALUES / op.D));
     parallel_for((op.N + step - 1) / step, threads, [&](int64_t task) {
-        std::vector<float> scratch(static_cast<size_t>(2 * (op.D + WIDEST)));
-        rows(op, task * step, task * step + step < op.N ? task * step + step : op.N, scratch.data());
+        const int64_t width = vectors(op.D);
+        Scratch c0(step * width), sum(width);
+        std::vector<NormValue> values(static_cast<size_t>(step));
+        rows(op, task * step, std::min(op.N, task * step + step), {c0.data(), sum.data(), values.data()});
     });
 }
 

@@ -22,11 +22,14 @@ namespace {
 using finf::Bf16;
 using finf::Change;
 using finf::NormRows;
+using finf::NormScratch;
+using finf::NormValue;
 using finf::Row;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
 #define FINF_MEMBER inline __attribute__((always_inline))
+#define FINF_LAMBDA __attribute__((always_inline))
 
 struct Vec {
     static constexpr int W = 8;

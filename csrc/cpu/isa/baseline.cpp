@@ -11,11 +11,14 @@ namespace {
 using finf::Bf16;
 using finf::Change;
 using finf::NormRows;
+using finf::NormScratch;
+using finf::NormValue;
 using finf::Row;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
 #define FINF_MEMBER inline __attribute__((always_inline))
+#define FINF_LAMBDA __attribute__((always_inline))
 
 typedef float F4 __attribute__((vector_size(16)));
 typedef int32_t I4 __attribute__((vector_size(16)));

@@ -39,8 +39,8 @@ struct CrossEntropyLoops {
     ScaledSum (*after)(const Row&, const Change&);
 };
 
-// The widest vector of any set, in numbers: room for whole vectors behind the end of a buffer.
-constexpr int64_t WIDEST = 16;
+// The numbers of as many of the widest vectors as hold `count`: a buffer of this size can be used by whole vectors.
+constexpr int64_t vectors(int64_t count) { return (count + 15) / 16 * 16; }
 
 // A norm of N rows of D numbers and of Q changes of each, with its residual. Strides in numbers; a row, and every row
 // of a result, lies side by side. Row n belongs to group n mod `groups`, which has a parameter for every `run` numbers
@@ -61,11 +61,24 @@ struct NormRows {
     bool past_cache;  // y and sum go past the cache, see Result in tiles/elements.inl.h
 };
 
+// A row's value as all its changes find it: centred, the sum of its squares, and the root of their mean plus eps.
+struct NormValue {
+    const float* c0;
+    double squares, s0;
+};
+
+// Room for a block of R rows, each buffer from the start of a cache line on.
+struct NormScratch {
+    float* c0;          // R vectors(D)
+    float* sum;         // vectors(D), of a change and its residual; zero at the start
+    NormValue* values;  // R
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
-    // [type]: rows [begin, end), given 2 (D + WIDEST) numbers of scratch, zero at the start.
-    void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, float* scratch);
+    // [type]: rows [begin, end).
+    void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, const NormScratch&);
 };
 
 extern const Kernels BASELINE;

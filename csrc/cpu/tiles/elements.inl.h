@@ -16,6 +16,14 @@ FINF_INLINE void store_up_to(T* p, Vec x, int64_t count) {
     }
 }
 
+// The first `count` numbers of x, and zeros.
+FINF_INLINE Vec first_of(Vec x, int64_t count) {
+    if (count >= Vec::W) return x;
+    float lanes[Vec::W];
+    store(lanes, x);
+    return load_first(lanes, count, 0.0f);
+}
+
 // What a loop writes once and does not read again. `past_cache`: where it is too large to be found in a cache later,
 // whole vectors go straight to memory, which saves reading what they overwrite; they have to be aligned then.
 template <class T>
@@ -31,6 +39,17 @@ FINF_INLINE void put(Result<T> to, int64_t v, Vec x, int64_t count) {
     } else {
         store_up_to(to.p + v, x, count);
     }
+}
+
+// body(v, count) for every vector of [0, D), the last one holding `count` numbers. In the others `count` is a constant,
+// and what the body asks about it is answered by the compiler.
+template <class Body>
+FINF_INLINE void each_vector(int64_t D, Body body) {
+    int64_t v = 0;
+    for (; v + 4 * Vec::W <= D; v += 4 * Vec::W)
+        for (int k = 0; k < 4; ++k) body(v + k * Vec::W, int64_t{Vec::W});
+    for (; v + Vec::W <= D; v += Vec::W) body(v, int64_t{Vec::W});
+    if (v < D) body(v, D - v);
 }
 
 FINF_INLINE float to_float(float x) { return x; }

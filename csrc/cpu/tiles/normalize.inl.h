@@ -1,8 +1,8 @@
 // The loops of layer, RMS and group norm, written once over Vec and included inside each instruction set's namespace.
 //
-// A row's value is centred in a buffer, c0, where all queries find it. Then each change is read once into a second
-// buffer while its mean is taken, and goes twice more through the first-level cache: for the two sums that the new root
-// needs, and into the result. With s the root of the mean square and 0, 1 for before and after (numerics.h):
+// A row's value is centred in a buffer, c0, where all queries find it. A change d is read once for all its sums, and
+// once more, out of the first-level cache, into the result. With dc the centred change, c1 = c0 + dc, s the root of the
+// mean square plus eps, and 0, 1 for before and after:
 //     dv = mean dc (c0 + c1)     n1 - n0 = dc / s1 - c0 dv / ((s0 + s1) s0 s1)
 // Sums are float32 inside a block and double from block to block.
 #pragma once
@@ -13,94 +13,115 @@
 constexpr int64_t SUMMED = 2048;
 constexpr int SUMS = 4;
 
+struct Totals {
+    double a, b, c;
+};
+
 FINF_INLINE float joined(const Vec (&part)[SUMS]) { return sum((part[0] + part[1]) + (part[2] + part[3])); }
 
-// Sum over [0, D) of term(v, count), a vector of the numbers from v on of which `count` are there and the others 0.
-template <class Term>
-FINF_INLINE double summed(int64_t D, Term term) {
-    double total = 0;
+// Three sums over [0, D) at a time: add(v, count, a, b, c) adds to parts of them what the numbers from v on bring, a
+// vector of which `count` are there.
+template <class Add>
+FINF_INLINE Totals sums(int64_t D, Add add) {
+    Totals total = {0, 0, 0};
     for (int64_t start = 0; start < D; start += SUMMED) {
         const int64_t end = D - start < SUMMED ? D : start + SUMMED;
-        Vec part[SUMS] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+        Vec a[SUMS], b[SUMS], c[SUMS];
+        for (int k = 0; k < SUMS; ++k) a[k] = b[k] = c[k] = Vec(0.0f);
         int64_t v = start;
         for (; v + SUMS * Vec::W <= end; v += SUMS * Vec::W)
-            for (int k = 0; k < SUMS; ++k) part[k] = part[k] + term(v + k * Vec::W, int64_t{Vec::W});
-        for (; v < end; v += Vec::W) part[0] = part[0] + term(v, end - v);
-        total += joined(part);
+            for (int k = 0; k < SUMS; ++k) add(v + k * Vec::W, int64_t{Vec::W}, a[k], b[k], c[k]);
+        for (; v < end; v += Vec::W) add(v, end - v, a[0], b[0], c[0]);
+        total = {total.a + joined(a), total.b + joined(b), total.c + joined(c)};
     }
     return total;
 }
 
-// One row of a stack and of the residual added to it; a null pointer stands for zeros.
+// Where a row's next one lies, which is asked for from memory while this one is read.
 template <class T>
-struct Addends {
-    const T *x, *residual;
-    int64_t ahead;  // to the row that comes next, asked for while this one is read
-};
-
-template <class T>
-FINF_INLINE Vec added(const Addends<T>& from, int64_t v, int64_t count) {
-    if (!from.residual || !from.x) {
-        const T* only = from.x ? from.x : from.residual;
-        __builtin_prefetch(only + from.ahead + v);
-        return load_up_to(only + v, count, T{});
-    }
-    return load_up_to(from.x + v, count, T{}) + load_up_to(from.residual + v, count, T{});
+FINF_INLINE void fetch(const T* p, int64_t ahead) {
+    __builtin_prefetch(p + ahead);
 }
 
-// The row into `buffer`, as float32, and into `sum` where that is wanted, rounded; returns its own sum.
+// x into `buffer` as float32; returns its sum.
 template <class T>
-FINF_INLINE double take(const Addends<T>& from, Result<T> sum, int64_t D, float* buffer) {
-    return summed(D, [&](int64_t v, int64_t count) {
-        const Vec x = added(from, v, count);
-        store(buffer + v, x);
-        if (sum.p) put(sum, v, x, count);
-        return x;
-    });
+FINF_INLINE double take(const T* x, int64_t D, int64_t ahead, float* buffer) {
+    return sums(D,
+                [&](int64_t v, int64_t count, Vec& total, Vec&, Vec&) FINF_LAMBDA {
+                    fetch(x + v, ahead);
+                    const Vec h = load_up_to(x + v, count, T{});
+                    store(buffer + v, h);
+                    total = total + h;
+                })
+        .a;
+}
+
+// x + residual, of which either may be null for zeros, into `buffer` as float32 and into `both` rounded.
+template <class T>
+FINF_INLINE double take_both(const T* x, const T* residual, Result<T> both, int64_t D, float* buffer) {
+    const T *first = x ? x : residual, *second = x ? residual : nullptr;
+    return sums(D,
+                [&](int64_t v, int64_t count, Vec& total, Vec&, Vec&) FINF_LAMBDA {
+                    Vec h = load_up_to(first + v, count, T{});
+                    if (second) h = h + load_up_to(second + v, count, T{});
+                    store(buffer + v, h);
+                    put(both, v, h, count);
+                    total = total + h;
+                })
+        .a;
 }
 
 // buffer - middle in its place; returns what is left of the sum, the middle's last digit times D.
 FINF_INLINE double centre(float* buffer, float middle, int64_t D) {
-    return summed(D, [&](int64_t v, int64_t count) {
-        const Vec c = load_up_to(buffer + v, count, middle) - Vec(middle);
-        store(buffer + v, c);
-        return c;
-    });
+    return sums(D,
+                [&](int64_t v, int64_t count, Vec& total, Vec&, Vec&) FINF_LAMBDA {
+                    const Vec c = first_of(load(buffer + v) - Vec(middle), count);
+                    store(buffer + v, c);
+                    total = total + c;
+                })
+        .a;
 }
 
 FINF_INLINE double squares(const float* c, int64_t D) {
-    return summed(D, [&](int64_t v, int64_t) {
-        const Vec x = load(c + v);
-        return x * x;
-    });
+    return sums(D,
+                [&](int64_t v, int64_t, Vec& total, Vec&, Vec&) FINF_LAMBDA {
+                    const Vec x = load(c + v);
+                    total = fma(x, x, total);
+                })
+        .a;
 }
 
+// What a change does to a row: the mean that is to be taken off it, and the sums of c1^2 and of dc (c0 + c1).
 struct Moved {
-    double squares;  // sum of c1^2
-    double change;   // sum of dc (c0 + c1)
+    float mean;
+    double squares, change;
 };
 
-// d becomes dc = d - middle in its place.
-FINF_INLINE Moved moved_sums(const float* c0, float* d, float middle, int64_t D) {
-    Moved total = {0, 0};
-    for (int64_t start = 0; start < D; start += SUMMED) {
-        const int64_t end = D - start < SUMMED ? D : start + SUMMED;
-        Vec squares[SUMS], change[SUMS];
-        for (int k = 0; k < SUMS; ++k) squares[k] = change[k] = Vec(0.0f);
-        const auto add = [&](int64_t v, int64_t count, int k) {
-            const Vec c = load(c0 + v), dc = load_up_to(d + v, count, middle) - Vec(middle), c1 = c + dc;
-            store(d + v, dc);
-            squares[k] = fma(c1, c1, squares[k]);
-            change[k] = fma(dc, c + c1, change[k]);
-        };
-        int64_t v = start;
-        for (; v + SUMS * Vec::W <= end; v += SUMS * Vec::W)
-            for (int k = 0; k < SUMS; ++k) add(v + k * Vec::W, Vec::W, k);
-        for (; v < end; v += Vec::W) add(v, end - v, 0);
-        total.squares += joined(squares);
-        total.change += joined(change);
-    }
-    return total;
+template <class S>
+FINF_INLINE Moved moved_after_centring(const float* c0, const S* d, float mean, int64_t D) {
+    const Totals of = sums(D, [&](int64_t v, int64_t count, Vec& squares, Vec& change, Vec&) FINF_LAMBDA {
+        const Vec c = load(c0 + v), dc = first_of(load_up_to(d + v, count, S{}) - Vec(mean), count), c1 = c + dc;
+        squares = fma(c1, c1, squares);
+        change = fma(dc, c + c1, change);
+    });
+    return {mean, of.a, of.b};
+}
+
+// From the sums of d as it is, unless those would cancel: where it is all but the same everywhere, and where it leaves
+// little of the row.
+template <class S>
+FINF_INLINE Moved moved_sums(const float* c0, const S* d, double squares0, int64_t D, int64_t ahead, bool centred) {
+    const Totals of = sums(D, [&](int64_t v, int64_t count, Vec& total, Vec& product, Vec& squares) FINF_LAMBDA {
+        fetch(d + v, ahead);
+        const Vec x = load_up_to(d + v, count, S{});
+        total = total + x;
+        product = fma(x, load(c0 + v), product);
+        squares = fma(x, x, squares);
+    });
+    const double mean = centred ? of.a / static_cast<double>(D) : 0.0, change = 2 * of.b + (of.c - mean * of.a);
+    const bool cancels = mean * of.a > 0.5 * of.c || change < -0.5 * squares0;
+    if (cancels) return moved_after_centring(c0, d, static_cast<float>(mean), D);
+    return {static_cast<float>(mean), squares0 + change, change};
 }
 
 // A parameter along a row: one number each, or one number all along a run of them.
@@ -120,115 +141,125 @@ struct Throughout {
 // y = c r weight + bias
 template <class T, class Param>
 FINF_INLINE void write_value(Result<T> y, const float* c, float r, Param weight, Param bias, int64_t D) {
-    for (int64_t v = 0; v < D; v += Vec::W) {
-        const int64_t count = D - v;
+    each_vector(D, [&](int64_t v, int64_t count) FINF_LAMBDA {
         put(y, v, fma(load(c + v) * Vec(r), weight.at(v, count), bias.at(v, count)), count);
-    }
+    });
 }
 
-struct Slopes {
-    float r1, dr;  // 1 / s1 and 1 / s1 - 1 / s0
+// A change as the result needs it: dc = d - mean, r1 = 1 / s1, dr = 1 / s1 - 1 / s0.
+template <class S>
+struct Step {
+    const S* d;
+    float mean, r1, dr;
 };
 
 // y = (dc r1 + c0 dr) weight
-template <class T, class Param>
-FINF_INLINE void write_change(Result<T> y, const float* c0, const float* dc, Slopes s, Param weight, int64_t D) {
-    for (int64_t v = 0; v < D; v += Vec::W) {
-        const int64_t count = D - v;
-        const Vec dn = fma(load(dc + v), Vec(s.r1), load(c0 + v) * Vec(s.dr));
+template <class T, class S, class Param>
+FINF_INLINE void write_change(Result<T> y, const float* c0, Step<S> by, Param weight, int64_t D) {
+    each_vector(D, [&](int64_t v, int64_t count) FINF_LAMBDA {
+        const Vec dc = load_up_to(by.d + v, count, S{}) - Vec(by.mean);
+        const Vec dn = fma(dc, Vec(by.r1), load(c0 + v) * Vec(by.dr));
         put(y, v, dn * weight.at(v, count), count);
-    }
+    });
 }
 
 // y = (dc r1 + c0 dr) weight + c1 r1 dweight + dbias
-template <class T, class Param>
-FINF_INLINE void write_full_change(Result<T> y, const float* c0, const float* dc, Slopes s, Param weight, Param dweight,
-                                   Param dbias, int64_t D) {
-    for (int64_t v = 0; v < D; v += Vec::W) {
-        const int64_t count = D - v;
-        const Vec c = load(c0 + v), d = load(dc + v);
-        const Vec dn = fma(d, Vec(s.r1), c * Vec(s.dr)), n1 = (c + d) * Vec(s.r1);
+template <class T, class S, class Param>
+FINF_INLINE void write_full_change(Result<T> y, const float* c0, Step<S> by, Param weight, Param dweight, Param dbias,
+                                   int64_t D) {
+    each_vector(D, [&](int64_t v, int64_t count) FINF_LAMBDA {
+        const Vec c = load(c0 + v), dc = load_up_to(by.d + v, count, S{}) - Vec(by.mean);
+        const Vec dn = fma(dc, Vec(by.r1), c * Vec(by.dr)), n1 = (c + dc) * Vec(by.r1);
         put(y, v, fma(dn, weight.at(v, count), fma(n1, dweight.at(v, count), dbias.at(v, count))), count);
-    }
-}
-
-template <class T>
-FINF_INLINE Addends<T> addends(const NormRows& op, int64_t n, int64_t k) {
-    const T* x = static_cast<const T*>(op.x) + k * op.x_stride_q + n * op.x_stride_n;
-    const T* residual = static_cast<const T*>(op.residual) + k * op.residual_stride_q + n * op.residual_stride_n;
-    return {op.x && (k == 0 || op.x_moves) ? x : nullptr,
-            op.residual && (k == 0 || op.residual_moves) ? residual : nullptr, op.x_stride_n};
+    });
 }
 
 template <class T>
 FINF_INLINE Result<T> result(void* first, const NormRows& op, int64_t n, int64_t k) {
-    return {first ? static_cast<T*>(first) + (k * op.N + n) * op.D : nullptr, op.past_cache};
+    return {static_cast<T*>(first) + (k * op.N + n) * op.D, op.past_cache};
 }
 
-// s0, with the centred values left in c0. The second centring takes off the first mean's last digit, which a large
-// common part would leave in every value.
-template <class T>
-FINF_INLINE double take_value(const NormRows& op, int64_t n, float* c0) {
+// The value's row of the result. The second centring takes off the first mean's last digit, which a large common part
+// would leave in every number.
+template <class T, class Param>
+FINF_INLINE NormValue norm_value(const NormRows& op, const T* x, const T* residual, int64_t n, float* c0) {
     const double D = static_cast<double>(op.D);
-    double rest = take(addends<T>(op, n, 0), result<T>(op.sum, op, n, 0), op.D, c0);
+    double rest =
+        residual ? take_both(x, residual, result<T>(op.sum, op, n, 0), op.D, c0) : take(x, op.D, op.x_stride_n, c0);
     if (op.centred)
         for (int twice = 0; twice < 2; ++twice) rest = centre(c0, static_cast<float>(rest / D), op.D);
-    return std::sqrt(squares(c0, op.D) / D + op.eps);
+    const double squares0 = squares(c0, op.D), s0 = std::sqrt(squares0 / D + op.eps);
+    const Result<T> y = result<T>(op.y, op, n, 0);
+    const int64_t P = op.D / op.run, first = n % op.groups * P, length = Param::whole_row ? op.D : op.run;
+    for (int64_t v = 0, p = first; v < op.D; v += length, ++p)
+        write_value<T>({y.p + v, y.past_cache}, c0 + v, static_cast<float>(1 / s0), Param(op.weight + p),
+                       Param(op.bias + p), length);
+    return {c0, squares0, s0};
 }
 
-// The change of query k - 1, with dc left in `dc`.
-template <class T>
-FINF_INLINE Slopes take_change(const NormRows& op, int64_t n, int64_t k, double s0, const float* c0, float* dc) {
-    if (!op.x_moves && !op.residual_moves) return {static_cast<float>(1 / s0), 0.0f};  // dc is zeros then
-    const double D = static_cast<double>(op.D);
-    const double total = take(addends<T>(op, n, k), result<T>(op.sum, op, n, k), op.D, dc);
-    const Moved moved = moved_sums(c0, dc, op.centred ? static_cast<float>(total / D) : 0.0f, op.D);
-    const double s1 = std::sqrt(moved.squares / D + op.eps);
-    return {static_cast<float>(1 / s1), static_cast<float>(-moved.change / D / (s0 + s1) / s0 / s1)};
-}
-
-template <class T, class Param>
-FINF_INLINE void write_row(const NormRows& op, Result<T> y, const float* c0, const float* dc, Slopes s, int64_t n,
-                           int64_t k) {
-    const int64_t P = op.D / op.run, first = n % op.groups * P, dfirst = (k - 1) * op.groups * P + first;
-    const int64_t runs = Param::whole_row ? 1 : P, length = Param::whole_row ? op.D : op.run;
-    for (int64_t p = 0; p < runs; ++p) {
-        const int64_t v = p * length;
+template <class T, class Param, class S>
+FINF_INLINE void write_row(const NormRows& op, const float* c0, Step<S> by, int64_t n, int64_t k) {
+    const Result<T> y = result<T>(op.y, op, n, k);
+    const int64_t P = op.D / op.run, first = n % op.groups * P, length = Param::whole_row ? op.D : op.run;
+    for (int64_t v = 0, p = first; v < op.D; v += length, ++p, by.d += length) {
         const Result<T> at = {y.p + v, y.past_cache};
-        const Param weight(op.weight + first + p);
-        if (k == 0) {
-            write_value(at, c0 + v, s.r1, weight, Param(op.bias + first + p), length);
-        } else if (op.dweight) {
-            const Param dweight(op.dweight + dfirst + p), dbias(op.dbias + dfirst + p);
-            write_full_change(at, c0 + v, dc + v, s, weight, dweight, dbias, length);
+        if (op.dweight) {
+            const int64_t dp = (k - 1) * op.groups * P + p;
+            write_full_change(at, c0 + v, by, Param(op.weight + p), Param(op.dweight + dp), Param(op.dbias + dp),
+                              length);
         } else {
-            write_change(at, c0 + v, dc + v, s, weight, length);
+            write_change(at, c0 + v, by, Param(op.weight + p), length);
         }
     }
 }
 
-template <class T, class Param>
-FINF_INLINE void norm_row(const NormRows& op, int64_t n, float* c0, float* dc) {
-    const double s0 = take_value<T>(op, n, c0);
-    write_row<T, Param>(op, result<T>(op.y, op, n, 0), c0, dc, {static_cast<float>(1 / s0), 0.0f}, n, 0);
-    for (int64_t k = 1; k <= op.Q; ++k) {
-        const Slopes s = take_change<T>(op, n, k, s0, c0, dc);
-        write_row<T, Param>(op, result<T>(op.y, op, n, k), c0, dc, s, n, k);
-    }
+// The row of query k - 1, whose change is d.
+template <class T, class Param, class S>
+FINF_INLINE void norm_change(const NormRows& op, const NormValue& value, const S* d, int64_t ahead, int64_t n,
+                             int64_t k) {
+    const double D = static_cast<double>(op.D);
+    const Moved moved = moved_sums(value.c0, d, value.squares, op.D, ahead, op.centred);
+    const double s0 = value.s0, s1 = std::sqrt(moved.squares / D + op.eps), r0 = 1 / s0, r1 = 1 / s1;
+    const double dr = -moved.change / D / (s0 + s1) * r0 * r1;
+    write_row<T, Param>(op, value.c0, Step<S>{d, moved.mean, static_cast<float>(r1), static_cast<float>(dr)}, n, k);
 }
 
-// Rows [begin, end). `scratch` is 2 (D + WIDEST) numbers, all zero.
 template <class T>
-void norm_rows(const NormRows& op, int64_t begin, int64_t end, float* scratch) {
-    float *c0 = scratch, *dc = scratch + op.D + finf::WIDEST;
-    for (int64_t n = begin; n < end; ++n) {
-        if (op.run == 1) {
-            norm_row<T, Along>(op, n, c0, dc);
-        } else {
-            norm_row<T, Throughout>(op, n, c0, dc);
+FINF_INLINE const T* row_of(const void* stack, int64_t stride_q, int64_t stride_n, bool moves, int64_t n, int64_t k) {
+    return stack && (k == 0 || moves) ? static_cast<const T*>(stack) + k * stride_q + n * stride_n : nullptr;
+}
+
+// Rows [begin, end): first all their values, then query by query all their changes, so that memory is read and written
+// in long stretches; the centred values wait in the second-level cache.
+template <class T, class Param>
+FINF_INLINE void norm_row_block(const NormRows& op, int64_t begin, int64_t end, const NormScratch& room) {
+    for (int64_t k = 0; k <= op.Q; ++k)
+        for (int64_t n = begin; n < end; ++n) {
+            const T* x = row_of<T>(op.x, op.x_stride_q, op.x_stride_n, op.x_moves, n, k);
+            const T* residual =
+                row_of<T>(op.residual, op.residual_stride_q, op.residual_stride_n, op.residual_moves, n, k);
+            NormValue& value = room.values[n - begin];
+            if (k == 0) {
+                value = norm_value<T, Param>(op, x, residual, n, room.c0 + (n - begin) * finf::vectors(op.D));
+            } else if (op.sum && (x || residual)) {
+                take_both(x, residual, result<T>(op.sum, op, n, k), op.D, room.sum);
+                norm_change<T, Param>(op, value, room.sum, 0, n, k);
+            } else if (x) {
+                norm_change<T, Param>(op, value, x, op.x_stride_n, n, k);
+            } else {  // only the parameters move, and the sum's room is all zeros
+                write_row<T, Param>(op, value.c0, Step<float>{room.sum, 0, static_cast<float>(1 / value.s0), 0}, n, k);
+            }
         }
+}
+
+template <class T>
+void norm_rows(const NormRows& op, int64_t begin, int64_t end, const NormScratch& room) {
+    if (op.run == 1) {
+        norm_row_block<T, Along>(op, begin, end, room);
+    } else {
+        norm_row_block<T, Throughout>(op, begin, end, room);
     }
     if (op.past_cache) fence();
 }
 
-void (*const NORM_ROWS[2])(const NormRows&, int64_t, int64_t, float*) = {norm_rows<float>, norm_rows<Bf16>};
+void (*const NORM_ROWS[2])(const NormRows&, int64_t, int64_t, const NormScratch&) = {norm_rows<float>, norm_rows<Bf16>};
