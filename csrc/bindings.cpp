@@ -71,32 +71,32 @@ finf::NormRows row_norm(uintptr_t x, int64_t x_stride_q, int64_t x_stride_n, boo
     return rows;
 }
 
-void layer_norm_delta(uintptr_t x, int x_dtype, int64_t x_stride_q, int64_t x_stride_n, bool x_moves,
-                      uintptr_t residual, int64_t residual_stride_q, int64_t residual_stride_n, bool residual_moves,
-                      uintptr_t weight, uintptr_t bias, uintptr_t dweight, uintptr_t dbias, uintptr_t y, uintptr_t sum,
-                      int64_t N, int64_t D, int64_t Q, double eps, int64_t threads) {
+void layer_norm_delta(int dtype, uintptr_t x, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t residual,
+                      int64_t residual_stride_q, int64_t residual_stride_n, bool residual_moves, uintptr_t weight,
+                      uintptr_t bias, uintptr_t dweight, uintptr_t dbias, uintptr_t y, uintptr_t sum, int64_t N,
+                      int64_t D, int64_t Q, double eps, int64_t threads) {
     finf::layer_norm_delta(row_norm(x, x_stride_q, x_stride_n, x_moves, residual, residual_stride_q, residual_stride_n,
                                     residual_moves, weight, bias, dweight, dbias, y, sum, N, D, Q, eps),
-                           finf::require_float_or_bf16("x_dtype", x_dtype), threads);
+                           finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
-void rms_norm_delta(uintptr_t x, int x_dtype, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t residual,
+void rms_norm_delta(int dtype, uintptr_t x, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t residual,
                     int64_t residual_stride_q, int64_t residual_stride_n, bool residual_moves, uintptr_t weight,
                     uintptr_t dweight, uintptr_t y, uintptr_t sum, int64_t N, int64_t D, int64_t Q, double eps,
                     int64_t threads) {
     finf::rms_norm_delta(row_norm(x, x_stride_q, x_stride_n, x_moves, residual, residual_stride_q, residual_stride_n,
                                   residual_moves, weight, 0, dweight, 0, y, sum, N, D, Q, eps),
-                         finf::require_float_or_bf16("x_dtype", x_dtype), threads);
+                         finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
-void group_norm_delta(uintptr_t x, int x_dtype, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t weight,
+void group_norm_delta(int dtype, uintptr_t x, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t weight,
                       uintptr_t bias, uintptr_t dweight, uintptr_t dbias, uintptr_t y, int64_t N, int64_t D, int64_t Q,
                       int64_t groups, int64_t run, double eps, int64_t threads) {
     finf::NormRows rows =
         row_norm(x, x_stride_q, x_stride_n, x_moves, 0, 0, 0, false, weight, bias, dweight, dbias, y, 0, N, D, Q, eps);
     rows.groups = groups;
     rows.run = run;
-    finf::group_norm_delta(rows, finf::require_float_or_bf16("x_dtype", x_dtype), threads);
+    finf::group_norm_delta(rows, finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
 std::vector<std::string> isas() {
@@ -124,16 +124,16 @@ PYBIND11_MODULE(_C, module) {
                "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a, "delta_stride_q"_a,
                "N"_a, "V"_a, "Q"_a, "ignore_index"_a, "label_smoothing"_a, "threads"_a,
                "z (N,V), dz (Q,N,V), target (N) int64 -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
-    module.def("layer_norm_delta", layer_norm_delta, unlocked, "x"_a, "x_dtype"_a, "x_stride_q"_a, "x_stride_n"_a,
+    module.def("layer_norm_delta", layer_norm_delta, unlocked, "dtype"_a, "x"_a, "x_stride_q"_a, "x_stride_n"_a,
                "x_moves"_a, "residual"_a, "residual_stride_q"_a, "residual_stride_n"_a, "residual_moves"_a, "weight"_a,
                "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "sum"_a, "N"_a, "D"_a, "Q"_a, "eps"_a, "threads"_a,
                "x, residual (1+Q,N,D) or (1,N,D), weight, bias (D), dweight, dbias (Q,D) float32 -> y (1+Q,N,D), sum. "
                "0 for what is not there. dtype: 0 float32, 1 bfloat16.");
-    module.def("rms_norm_delta", rms_norm_delta, unlocked, "x"_a, "x_dtype"_a, "x_stride_q"_a, "x_stride_n"_a,
+    module.def("rms_norm_delta", rms_norm_delta, unlocked, "dtype"_a, "x"_a, "x_stride_q"_a, "x_stride_n"_a,
                "x_moves"_a, "residual"_a, "residual_stride_q"_a, "residual_stride_n"_a, "residual_moves"_a, "weight"_a,
                "dweight"_a, "y"_a, "sum"_a, "N"_a, "D"_a, "Q"_a, "eps"_a, "threads"_a,
                "As layer_norm_delta, without bias and dbias.");
-    module.def("group_norm_delta", group_norm_delta, unlocked, "x"_a, "x_dtype"_a, "x_stride_q"_a, "x_stride_n"_a,
+    module.def("group_norm_delta", group_norm_delta, unlocked, "dtype"_a, "x"_a, "x_stride_q"_a, "x_stride_n"_a,
                "x_moves"_a, "weight"_a, "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "N"_a, "D"_a, "Q"_a, "groups"_a,
                "run"_a, "eps"_a, "threads"_a,
                "x (1+Q,N,D) or (1,N,D), a row one group; a parameter for every `run` numbers of it -> y (1+Q,N,D).");

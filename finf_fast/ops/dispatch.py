@@ -49,7 +49,7 @@ TABLE: dict[str, dict[str, Face]] = {
     "cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
     "activation_delta": {"reference": _ANY},
     "attention_delta": {"reference": _ANY},
-    "group_norm_delta": {"reference": _ANY},
+    "group_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "linear_cross_entropy_delta": {"reference": _ANY},
     "linear_delta": {"reference": _ANY},

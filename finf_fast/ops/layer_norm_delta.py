@@ -7,9 +7,9 @@ from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape, rows
+from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape
 from finf_fast.ops.register import register
-from finf_fast.ops.stacks import check_stack, stacked_queries
+from finf_fast.ops.stacks import address, check_stack, parameter, stack_of_rows, stacked_queries, told
 
 __all__ = ["check_norm", "layer_norm_delta"]
 
@@ -104,32 +104,14 @@ def _run_reference(stack, weight, bias, dweight, dbias, residual, eps):
     return [out] if residual is None else list(out)
 
 
-def stack_of_rows(stack: Tensor | None) -> tuple[Tensor | None, tuple]:
-    """A stack (1+Q, N, D) whose rows have no gaps, copied only where its strides allow no such view; keep it until the
-    call returns. And what the compiled face is told of it: address, distances of queries and rows, whether it moves.
-    """
-    if stack is None:
-        return None, (0, 0, 0, False)
-    x = rows(stack.reshape(len(stack), stack.shape[1:-1].numel(), stack.shape[-1]))
-    return x, (x.data_ptr(), x.stride(0), x.stride(1), len(x) > 1)
-
-
-def parameter(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """A parameter as contiguous float32, which is small beside a stack, and its address, 0 where it is not there."""
-    if x is None:
-        return None, 0
-    x = x.to(torch.float32).contiguous()
-    return x, x.data_ptr()
-
-
 def _run_cpp(stack, weight, bias, dweight, dbias, residual, eps):
     out = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
-    (x, at), (other, also) = stack_of_rows(stack), stack_of_rows(residual)
-    params, addresses = zip(*map(parameter, (weight, bias, dweight, dbias)), strict=True)
-    y, total = out[0], out[1].data_ptr() if residual is not None else 0
+    x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
+    params = [parameter(p) for p in (weight, bias, dweight, dbias)]
     dispatch.compiled().layer_norm_delta(
-        *(at[0], CODES[stack.dtype], *at[1:], *also, *addresses, y.data_ptr(), total),
-        *(x.shape[1], x.shape[2], len(y) - 1, eps, torch.get_num_threads()),
+        *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
+        *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
+        *(x.shape[1], x.shape[2], len(out[0]) - 1, eps, torch.get_num_threads()),
     )
     return out
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from finf_fast import reference
 from finf_fast.ops import dispatch
 from finf_fast.ops.border import CODES
-from finf_fast.ops.layer_norm_delta import check_row_norm, parameter, stack_of_rows
+from finf_fast.ops.layer_norm_delta import check_row_norm
 from finf_fast.ops.register import register
+from finf_fast.ops.stacks import address, parameter, stack_of_rows, told
 
 __all__ = ["rms_norm_delta"]
 
@@ -60,12 +61,12 @@ def _run_reference(stack, weight, dweight, residual, eps):
 
 def _run_cpp(stack, weight, dweight, residual, eps):
     out = _allocate(stack, weight, dweight, residual, eps)
-    (x, at), (other, also) = stack_of_rows(stack), stack_of_rows(residual)
-    (weight, w), (dweight, dw) = parameter(weight), parameter(dweight)
-    y, total = out[0], out[1].data_ptr() if residual is not None else 0
+    x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
+    params = [parameter(p) for p in (weight, dweight)]
     dispatch.compiled().rms_norm_delta(
-        *(at[0], CODES[stack.dtype], *at[1:], *also, w, dw, y.data_ptr(), total),
-        *(x.shape[1], x.shape[2], len(y) - 1, eps, torch.get_num_threads()),
+        *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
+        *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
+        *(x.shape[1], x.shape[2], len(out[0]) - 1, eps, torch.get_num_threads()),
     )
     return out
 
