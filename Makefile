@@ -1,6 +1,7 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
 # make prove   the long proofs: every instruction set, packaging from scratch, interrupted runs
+# make sanitize  the tests of the operations on an extension built with ASan and UBSan (a part of prove)
 # make bench   the measurements behind README, into bench/results/
 # make lint    style of Python and C++
 #
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test prove bench lint format clean
+.PHONY: demo test prove sanitize bench lint format clean
 
 # With a torch in the Python at hand the environment looks through to it instead of downloading another.
 $(BIN)/python:
@@ -41,7 +42,21 @@ test: $(VENV)/.installed
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())") && test -n "$$sets" && for isa in $$sets; do \
 	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
+	$(MAKE) sanitize
 	$(BIN)/python -m pytest -m prove
+
+# A copy of the package with an extension that ends the program at the first bad address or undefined step. Python itself
+# is built without, so the sanitizer's library goes first; leaks are the interpreter's own. pytest by its own name: as a
+# module it would put the checkout before the copy.
+SANITIZED := $(CURDIR)/build/sanitize
+SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+sanitize: $(VENV)/.installed
+	CFLAGS="$(SANITIZE)" $(BIN)/python -W ignore setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	export LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib && cd build/sanitize && \
+	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
+	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider $(addprefix $(CURDIR)/,$(OP_TESTS))
 
 OP_TESTS := tests/test_cross_entropy_delta.py tests/test_segment_sum.py tests/test_topk_merge.py tests/test_tolerance.py
 

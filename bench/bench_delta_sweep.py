@@ -2,9 +2,8 @@
 
 Four ways over the same samples, each in a process of its own: the delta engine in bfloat16 and in float32, the pair
 engine in float32, forward-mode differentiation in float32 (query by query, all it can do). Truth is the pair engine in
-float64. GPT-2's updates are random factors of rank 32 in every linear layer and random changes of the rest; ResNet's
-are dense, for a convolution's change has no factors. Times are of scoring alone, after one sample to warm up; every
-way takes the batch that the planner gives it, jvp the pair engine's.
+float64. The updates are plain gradient steps on held-out samples, in factors of rank 32 where these pay. Times are of
+scoring alone, after one sample to warm up; every way takes the batch that the planner gives it, jvp the pair engine's.
 
     python bench/bench_delta_sweep.py [--models gpt2 resnet18] [--queries 1 4 16] [--save] [--quick]
     python bench/bench_delta_sweep.py --ops gpt2 4      # where the delta engine's time goes, function by function
@@ -13,12 +12,16 @@ way takes the batch that the planner gives it, jvp the pair engine's.
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,29 +37,30 @@ from finf_fast import loss as losses
 from finf_fast.delta import DeltaEngine
 from finf_fast.delta import engine as delta_engine
 from finf_fast.delta.table import name_of
-from finf_fast.lowrank import LowRank, dense
+from finf_fast.lowrank import dense
 from finf_fast.pair import PairEngine
 from finf_fast.planning import free_bytes, make_plan, probe
 from finf_fast.transfer import rows
 
 CPU = torch.device("cpu")
 RANK = 32
-SIZE = 1e-5  # of the change of a weight, beside weights of 0.02 (GPT-2) and more: a small step, as mirrors take
+LR = 1e-3  # losses move by 1e-3 (ResNet) or so
+HELD_OUT = 2000  # samples drawn; the last are the queries, far past those that are scored
+RUN = "FINF_BENCH_RUN"  # names the folder of the updates that the processes of one run share
 SAMPLES = {"gpt2": {1: 4, 4: 2, 16: 1}, "resnet18": {1: 256, 4: 128, 16: 64}}
 WAYS = ("carried_bf16", "carried_fp32", "pair_fp32", "jvp_fp32")
 
 
-def updates_of(model: nn.Module, queries: int) -> list[ff.Update]:
-    """Q random updates: low rank where the weight is that of a linear layer, dense elsewhere."""
-    torch.manual_seed(1)
-    return [ff.Update({name: change(p) for name, p in model.named_parameters()}) for _ in range(queries)]
+def updates_of(case: str, model: nn.Module, queries: int, loss: losses.Loss) -> list[ff.Update]:
+    """Steps on held-out samples, taken once and kept on disk for the runs that follow."""
+    return [_step(Path(os.environ[RUN]) / f"{case}_{q}.pt", case, model, q, loss) for q in range(queries)]
 
 
-def change(p: Tensor) -> Tensor | LowRank:
-    if p.dim() != 2 or min(p.shape) < 2 * RANK:
-        return SIZE * torch.randn_like(p)
-    u, v = torch.randn(p.shape[0], RANK), torch.randn(p.shape[1], RANK)
-    return LowRank(SIZE * RANK**-0.5 * u, v)
+def _step(path: Path, case: str, model: nn.Module, q: int, loss: losses.Loss) -> ff.Update:
+    if not path.exists():
+        held_out = bench_sweep.CASES[case][1](HELD_OUT).corpus().read(HELD_OUT - 1 - q, HELD_OUT - q)
+        ff.mirror(model, held_out, loss=loss, lr=LR, rank=RANK).save(path)
+    return ff.Update.load(path)
 
 
 def work(case: str, queries: int, samples: int) -> tuple[nn.Module, Any, list[ff.Update], losses.Loss]:
@@ -64,7 +68,8 @@ def work(case: str, queries: int, samples: int) -> tuple[nn.Module, Any, list[ff
     torch.manual_seed(0)
     model = build().eval().bfloat16().float()  # as checkpoints are kept: every precision is asked about the same net
     corpus = data(samples).corpus()
-    return model, corpus.read(0, samples), updates_of(model, queries), losses.resolve(loss)
+    loss = losses.resolve(loss)
+    return model, corpus.read(0, samples), updates_of(case, model, queries, loss), loss
 
 
 def engine_of(way: str, model: nn.Module, updates: list[ff.Update], loss: losses.Loss) -> Any:
@@ -182,6 +187,12 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--queries", nargs="+", type=int, default=[1, 4, 16])
     options.add_argument("--ops", nargs=2, metavar=("MODEL", "Q"), help="only where the time goes")
     options = options.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[RUN] = folder
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
     if options.ops:
         found = ops(options.ops[0], int(options.ops[1]))
     else:

@@ -145,7 +145,7 @@ def _fitting(
         found = probe(DeltaEngine(model, updates[:1], loss, device, dtype).output, sample)
         rows = free_bytes(device) // SHARE * 2 // max(1, found.bytes)  # a stack of one query has two rows
         chunk = max(1, min(chunk, rows - 1))
-    runner = DeltaEngine(model, updates, loss, device, dtype, chunk)
+    runner = DeltaEngine(model, updates, loss, device, dtype, chunk, keep=free_bytes(device) // SHARE)
     said = f"; queries in chunks of {chunk}" if chunk < len(updates) else ""
     return runner, probe(runner.output, sample), said
 

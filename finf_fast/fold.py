@@ -38,12 +38,17 @@ class Fold:
 
     def fold(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Weight and bias of the layer with the norm inside, from the tensors of :attr:`sources`."""
-        weight, bias, gamma, beta, mean, var = (tensors.get(name) for name in self.sources)
+        weight = tensors[self.sources[0]]
+        scale, bias = self.affine(tensors)
+        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias
+
+    def affine(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What each output channel of the layer without its bias is multiplied by, and what is added."""
+        _, bias, gamma, beta, mean, var = (tensors.get(name) for name in self.sources)
         scale = torch.rsqrt(var + self.eps)
         scale = scale if gamma is None else scale * gamma
         shift = -mean if bias is None else bias - mean
-        shift = shift * scale if beta is None else shift * scale + beta
-        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
+        return scale, shift * scale if beta is None else shift * scale + beta
 
 
 def find(body: Skeleton) -> list[Fold]:
@@ -98,3 +103,8 @@ def _pair(node: fx.Node, modules: dict[str, nn.Module], calls: Counter, direct: 
     if {source.target, node.target} & direct or layer._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
         return None
     return Fold(source.target, node.target, norm.eps)
+
+
+def laid_out(kernel: Tensor) -> Tensor:
+    """A 2-D convolution's kernel channels-last: what convolutions on a processor read fastest; else as it is."""
+    return kernel.contiguous(memory_format=torch.channels_last) if kernel.dim() == 4 else kernel

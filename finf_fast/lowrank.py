@@ -1,12 +1,14 @@
 """A change of a matrix as two thin factors, u vᵀ: what one gradient step on T tokens does to a linear layer.
 
 The gradient of a linear map is a sum of T outer products, so its rank is T at most. Kept as factors it takes
-r·(rows + cols) numbers instead of rows·cols, and adds to a forward two skinny products instead of a whole one.
+r·(rows + cols) numbers instead of rows·cols, and adds to a forward two skinny products instead of a whole one. A
+convolution's kernel (C', C, …) is the matrix (C', C·…): its change is r filters, mixed by a 1×1 convolution.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,19 +16,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The change ``u @ v.T`` of a 2-D tensor of shape (rows, cols).
+    """The change ``u @ v.T`` of a tensor of shape (rows, cols), or (rows, *columns).
 
     Attributes:
         u: (rows, r), floating point.
         v: (cols, r), same dtype and device as ``u``.
+        columns: what the columns are made of where the tensor has more than two dimensions, as a convolution's kernel
+            (out, in, height, width) has columns (in, height, width); their product is cols. Empty: a matrix.
 
     Raises:
         TypeError: a factor is not a floating-point tensor, or their dtypes differ.
-        ValueError: a factor is not 2-D, or their ranks or devices differ.
+        ValueError: a factor is not 2-D, their ranks or devices differ, or ``columns`` do not multiply to cols.
     """
 
     u: Tensor
     v: Tensor
+    columns: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("u", "v"):
@@ -42,11 +47,13 @@ class LowRank:
             raise ValueError(f"v: wanted device {self.u.device} as u, got {self.v.device}")
         if self.u.shape[1] != self.v.shape[1]:
             raise ValueError(f"v: wanted rank {self.u.shape[1]} as u, got {self.v.shape[1]}")
+        if self.columns and math.prod(self.columns) != self.v.shape[0]:
+            raise ValueError(f"columns: wanted sizes whose product is {self.v.shape[0]}, got {tuple(self.columns)}")
 
     @property
     def shape(self) -> torch.Size:
-        """(rows, cols), of the matrix that the factors stand for."""
-        return torch.Size((self.u.shape[0], self.v.shape[0]))
+        """(rows, cols), or (rows, *columns), of the tensor that the factors stand for."""
+        return torch.Size((self.u.shape[0], *(self.columns or (self.v.shape[0],))))
 
     @property
     def rank(self) -> int:
@@ -66,25 +73,27 @@ class LowRank:
         return self.u.device
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(rows, cols) in ``dtype``, by default the factors' own; multiplied in the wider of the two, float32 at least.
+        """The whole, in ``dtype``, by default the factors' own.
 
-        A half-precision product would round every term of the sum.
+        Multiplied in the wider of the two, float32 at least: a half-precision product would round every term of a sum.
         """
         dtype = dtype or self.dtype
         wide = torch.promote_types(torch.promote_types(self.dtype, dtype), torch.float32)
-        return (self.u.to(wide) @ self.v.to(wide).T).to(dtype)
+        return (self.u.to(wide) @ self.v.to(wide).T).to(dtype).view(self.shape)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         """The factors on another device, in another dtype."""
-        return LowRank(self.u.to(device=device, dtype=dtype), self.v.to(device=device, dtype=dtype))
+        return replace(self, u=self.u.to(device=device, dtype=dtype), v=self.v.to(device=device, dtype=dtype))
 
     def t(self) -> LowRank:
-        """The transpose, (cols, rows)."""
+        """The transpose, (cols, rows), of a matrix."""
+        if self.columns:
+            raise ValueError(f"t: wanted a matrix, got shape {tuple(self.shape)}")
         return LowRank(self.v, self.u)
 
     def scaled(self, factor: float) -> LowRank:
-        """``factor`` times the matrix; ``v`` is shared."""
-        return LowRank(self.u * factor, self.v)
+        """``factor`` times the whole; ``v`` is shared."""
+        return replace(self, u=self.u * factor)
 
 
 def dense(change: Tensor | LowRank, like: Tensor | None = None) -> Tensor:
@@ -140,6 +149,30 @@ def compress(u: Tensor, v: Tensor, rank: int) -> tuple[LowRank, float]:
     root, towards = sigma[:rank].sqrt(), right[:rank].T
     left = whole.u @ (inner.T @ towards)  # the matrix times its right singular vectors: column k has length σ_k
     return LowRank(left * _inverse(root), across @ towards * root), _share(sigma, rank)
+
+
+def compress_kernel(kernel: Tensor, rank: int) -> tuple[LowRank, float]:
+    """As :func:`compress`, of a whole tensor (rows, *columns): the gradient of a convolution's kernel.
+
+    Its rows, the output channels, are few, so the squares of the singular values are the eigenvalues of a small matrix;
+    squared in float64, they lose no digits that float32 has.
+    """
+    require_rank(rank)
+    matrix = kernel.flatten(1)
+    wide = matrix.double()
+    squares, left = torch.linalg.eigh(wide @ wide.T)  # ascending
+    squares = squares.clamp(min=0).flip(0)
+    u = left.flip(1)[:, :rank]
+    v = wide.T @ u
+    root = v.square().sum(0).sqrt().sqrt()  # √σ to both sides
+    factors = LowRank((u * root).to(kernel.dtype), (v * _inverse(root)).to(kernel.dtype), tuple(kernel.shape[1:]))
+    return factors, _share(squares.sqrt(), rank)
+
+
+def kernel_pays(shape: torch.Size, rank: int) -> bool:
+    """Whether r filters and their mixing cost at most two thirds of the kernel: two more passes come with them."""
+    rows, cols = shape[0], math.prod(shape[1:])
+    return 3 * rank * (rows + cols) <= 2 * rows * cols
 
 
 def compress_rows(ids: Tensor, values: Tensor, rows: int, rank: int) -> tuple[LowRank, float]:

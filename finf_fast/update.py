@@ -24,8 +24,8 @@ class Update:
     survives.
 
     Attributes:
-        params: name -> change θ' − θ of that parameter, its shape: a tensor or, of a 2-D parameter, a
-            :class:`finf_fast.LowRank`; names as in ``model.named_parameters()``. What is not named does not change.
+        params: name -> change θ' − θ of that parameter, its shape: a tensor or a :class:`finf_fast.LowRank`; names as
+            in ``model.named_parameters()``. What is not named does not change.
         buffers: name -> new value of that buffer (running statistics); names as in ``model.named_buffers()``.
         direction: ``"ascent"`` (the query's loss went up: positive delta = helpful) or ``"descent"``.
         name: what reports and columns call this query.

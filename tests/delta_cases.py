@@ -7,6 +7,7 @@ values for the numbers: row 0 is f(h), row q is f(h + d_q) - f(h).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,8 @@ class C(S):
         base, change = self.numbers(world, draw)
         base, change = base.to(world.dtype), change.to(world.dtype)
         rank = 2
-        u, v = (torch.randn(Q, n, rank, generator=draw, dtype=torch.float64) for n in (*self.shape, 1, 1)[:2])
+        sizes = self.shape[0], math.prod(self.shape[1:])
+        u, v = (torch.randn(Q, n, rank, generator=draw, dtype=torch.float64) for n in sizes)
         u, v = (world.size * (self.tame or 1.0) * u).to(world.dtype), v.to(world.dtype)
         groups = {
             "dense": [Group(tuple(range(Q)), change)],
@@ -137,7 +139,7 @@ class C(S):
         }[self.form]
         rows = [base.double()] * (1 + Q)
         for group in groups:
-            for q, d in zip(group.queries, group.to_kind(torch.float64).full(), strict=True):
+            for q, d in zip(group.queries, group.to_kind(torch.float64).full(base.double()), strict=True):
                 rows[1 + q] = base.double() + d
         return Argument(lambda: Changed(base.clone(), groups, Q), base.clone, rows)
 

@@ -367,6 +367,14 @@ def test_chunks_of_queries_give_the_same_scores(name, monkeypatch):
     whole = engine(case.model, updates, case.loss, torch.float64).score(case.batch)
     cut = DeltaEngine(case.model, updates, resolve(case.loss), CPU, torch.float64, chunk=2).score(case.batch)
     torch.testing.assert_close(cut.delta, whole.delta, rtol=1e-9, atol=1e-14)
+    kept = DeltaEngine(case.model, updates, resolve(case.loss), CPU, torch.float64, chunk=2, keep=1 << 30)
+    for _ in range(2):  # what one batch kept is no other's
+        assert torch.equal(kept.score(case.batch).base, cut.base)
+        torch.testing.assert_close(kept.score(case.batch).delta, whole.delta, rtol=1e-9, atol=1e-14)
+    other = mapped(lambda x: x.flip(0), case.batch)
+    torch.testing.assert_close(kept.score(other).delta, whole.delta.flip(1), rtol=1e-9, atol=1e-14)
+    layers = sum(type(m).__name__ in ("Conv2d", "Conv1D") for m in case.model.modules())
+    assert kept.record()["products_kept_between_chunks"] >= 2 * 5 * (layers - 4)  # two further chunks, five batches
     monkeypatch.setattr(engines, "free_bytes", lambda device: 0)
     plan = ff.sweep(case.model, updates * 2, case.batch, loss=case.loss).plan
     assert "queries in chunks of 1" in plan

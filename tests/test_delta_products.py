@@ -214,8 +214,11 @@ CASES += [
     for kind, w, b in (
         ("by plain", plain(*shape), plain(out)),
         ("by changed", weight(*shape), weight(out)),
+        ("by changed of low rank", weight(*shape, form="low"), weight(out)),
+        ("by changed of all forms", weight(*shape, form="mixed"), plain(out)),
         ("by a stack", stack(*shape), plain(out)),
         ("plain by changed", weight(*shape), plain(out)),
+        ("plain by changed of low rank", weight(*shape, form="low"), plain(out)),
         ("plain with a bias", plain(*shape), weight(out)),
     )
     if kind != "by plain" or isinstance(x, S)

@@ -19,7 +19,7 @@ from finf_fast.lowrank import LowRank, dense
 from finf_fast.mirrors import mirror
 from finf_fast.mirrors.body import Body
 from finf_fast.records import NonFiniteLoss
-from nets import TinyLm, conv_net
+from nets import TinyLm
 
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -144,13 +144,47 @@ def test_what_would_not_pay_stays_dense():
         assert factored(mirror(model, query, rank=24)) == {"0.weight", "2.weight", "4.weight"}
 
 
-def test_a_convolution_stays_dense_and_a_layer_after_it_does_not():
-    model, _ = conv_net()
+def test_a_small_kernel_stays_dense_and_a_layer_after_it_does_not():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 40)).double()
     query = torch.randn(5, 3, 6, 6), torch.randint(0, 40, (5,))
     low, plain = (mirror(model, query, rank=rank) for rank in (32, None))
     assert factored(low) == {"3.weight"} and low.record["low_rank_tensors"] == 1
     assert_equal_changes(low, plain, 1e-12)
+
+
+@pytest.mark.parametrize("conv, spatial", [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)])
+def test_the_kernel_of_a_convolution_is_compressed_to_its_best_approximation(conv, spatial):
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(8, 20, 3), nn.Tanh(), conv(20, 16, 2, groups=2), nn.Flatten(), nn.LazyLinear(9)).double()
+    query = torch.randn(3, 8, *(5,) * spatial).double(), torch.randint(0, 9, (3,))
+    net(query[0])
+    low, plain = (mirror(net, query, rank=rank) for rank in (4, None))
+    assert "0.weight" in factored(low) and "2.weight" not in factored(low)
+    change, whole = low.params["0.weight"], plain.params["0.weight"]
+    sigma = torch.linalg.svdvals(whole.flatten(1))
+    assert change.rank == 4 and change.shape == whole.shape
+    assert torch.linalg.svdvals(dense(change).flatten(1))[:4].allclose(sigma[:4], rtol=1e-10)
+    left_over = (dense(change) - whole).square().sum()
+    assert left_over == pytest.approx(sigma[4:].square().sum().item(), rel=1e-9)
+    share = (left_over / whole.square().sum()).item()
+    assert low.record["discarded_by_tensor"]["0.weight"] == pytest.approx(share, rel=1e-9)
+
+
+def test_an_update_of_a_kernel_in_factors_is_saved_and_checked(tmp_path):
+    change = LowRank(torch.randn(6, 2), torch.randn(36, 2), (4, 3, 3))
+    update = ff.Update({"weight": change})
+    update.check(nn.Conv2d(4, 6, 3))
+    update.save(tmp_path / "update.pt")
+    again = ff.Update.load(tmp_path / "update.pt").params["weight"]
+    assert again.columns == (4, 3, 3) and torch.equal(dense(again), dense(change))
+    assert dense(change).shape == (6, 4, 3, 3) == dense(change.scaled(2.0)).shape
+    with pytest.raises(ValueError, match="wanted shape"):
+        ff.Update({"weight": LowRank(change.u, change.v)}).check(nn.Conv2d(4, 6, 3))
+    with pytest.raises(ValueError, match="columns: wanted sizes whose product is 36"):
+        LowRank(change.u, change.v, (4, 3))
+    with pytest.raises(ValueError, match="t: wanted a matrix"):
+        change.t()
 
 
 def test_several_steps_and_weight_decay_are_dense_and_say_so():

@@ -129,7 +129,7 @@ def test_saved_and_loaded_an_update_is_the_same(mixed, tmp_path):
     assert isinstance(again.params["a.weight"], LowRank) and torch.equal(again.buffers["n"], torch.tensor(3))
     assert (again.name, again.direction, again.record) == ("m", "ascent", {"x": [1]})
     stored = torch.load(tmp_path / "update.pt", weights_only=True)["params"]["a.weight"]
-    assert stored.keys() == {"u", "v"}
+    assert stored.keys() == {"u", "v", "columns"}
 
 
 def test_the_fingerprint_sees_both_factors(mixed):

@@ -62,9 +62,15 @@ class Operands:
         return stacked[0], stacked[1:]
 
     def room(self) -> Tensor:
-        """An uninitialised stacked tensor for the result."""
-        device = (self.da if self.da is not None else self.db).device
-        return torch.empty((self.count, *self.shape), dtype=self.kind, device=device)
+        """An uninitialised stacked tensor for the result, laid out as a change of its shape."""
+        changes = [d for d in (self.da, self.db) if d is not None]
+        like = next((d for d in changes if d.shape[1:] == self.shape), None)
+        if like is None or like.is_contiguous():
+            return torch.empty((self.count, *self.shape), dtype=self.kind, device=changes[0].device)
+        row = torch.empty_like(like[0]).stride()
+        return torch.empty_strided(
+            (self.count, *self.shape), (self.shape.numel(), *row), dtype=self.kind, device=like.device
+        )
 
     def result(self, value: Tensor, change: Tensor) -> Stack:
         out = self.room()
@@ -239,7 +245,7 @@ def mapped_change(x: Carried, function: Any, change: Any) -> Any:
         if not values.is_floating_point():
             return collapse(values)
         s = cast(x, values.dtype).stacked
-    out = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    out = torch.empty_like(s)
     out[0] = function(s[0])
     out[1:] = change(wide(s[0]), wide(s[1:]))
     return Stack(out)

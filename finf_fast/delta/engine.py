@@ -11,7 +11,7 @@ among its arguments; and plain float32 products go to oneDNN here too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from finf_fast.delta import (
     structure,
 )
 from finf_fast.delta.head import Linear
+from finf_fast.delta.kept import Kept
 from finf_fast.delta.stack import Carried, NotCarried, lift
 from finf_fast.delta.table import State, carry, fresh, name_of, writes
 from finf_fast.delta.weights import weight_sets
@@ -51,6 +52,7 @@ RULES = (arithmetic, choices, functions, generic, head, indexing, integers, join
 MORE_RULES = (layers, products, reductions, structure)
 FUSED_WIDTH = 1024  # classes; a narrower head is cheaper formed than walked in panels
 KINKS = {"relu", "relu6", "max_pool1d", "max_pool2d", "max_pool3d", "topk", "max", "amax", "sort", "argmax", "clamp"}
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -72,8 +74,20 @@ class Carrying(TorchFunctionMode):
         if state.waits and ("out" in kwargs or kwargs.get("inplace") or writes(func)):
             state.settle()  # a plain tensor is about to be overwritten that a waiting result may read
         if func is F.linear:
-            return product.linear(*args, **kwargs)
-        return func(*args, **kwargs)
+            return self._product(product.linear, *args, **kwargs)
+        return self._product(func, *args, **kwargs) if func in CONVOLUTIONS else func(*args, **kwargs)
+
+    def _product(self, function: Callable, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A product of the base alone, below the first change, once for all chunks of queries."""
+        kept = self._state.kept
+        if kept is None:
+            return function(x, weight, *args, **kwargs)
+        key, found = kept.find(x, weight, *(a if isinstance(a, Tensor) else str(a) for a in (*args, *kwargs.items())))
+        if found is not None:
+            return found.clone()
+        found = function(x, weight, *args, **kwargs)
+        kept.keep(key, x, found)
+        return found
 
 
 class DeltaEngine:
@@ -84,7 +98,8 @@ class DeltaEngine:
         updates: Q updates, of any forms.
         loss: what is measured.
         device, dtype: where and in what the forward runs; bfloat16, float32 or float64.
-        chunk: queries in one stack, where all at once would not fit; the base is computed again for each chunk.
+        chunk: queries in one stack, where all at once would not fit.
+        keep: bytes that the base's products may take from one chunk to the next; what has no room is computed again.
 
     Raises:
         ValueError: another dtype.
@@ -100,6 +115,7 @@ class DeltaEngine:
         device: torch.device,
         dtype: torch.dtype,
         chunk: int | None = None,
+        keep: int = 0,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype: wanted torch.bfloat16, torch.float32 or torch.float64, got {dtype}")
@@ -112,6 +128,7 @@ class DeltaEngine:
         self._sets, self._folded = weight_sets(self._body, model, updates, dtype, self._chunk)
         self._buffers = {name: self._body.slots[name].tensor for name in self._body.buffers}
         self._state = State()
+        self._kept = Kept(keep) if len(self._counts) > 1 else None
         self._head = ""
 
     @property
@@ -141,6 +158,7 @@ class DeltaEngine:
             **self.settings(),
             "head": self._head,
             "generic_rules": dict(self._state.generic),
+            **({} if self._kept is None else {"products_kept_between_chunks": self._kept.used}),
         }
 
     def kinks(self) -> list[str]:
@@ -165,8 +183,13 @@ class DeltaEngine:
             NotCarried: the model did something on this batch that a stack cannot follow.
         """
         with self._running():
-            batch = self._cast(batch)
-            return joined([self._scored(batch, number) for number in range(len(self._sets))])
+            batch, self._state.kept = self._cast(batch), self._kept
+            try:
+                return joined([self._scored(batch, number) for number in range(len(self._sets))])
+            finally:
+                self._state.kept = None
+                if self._kept is not None:
+                    self._kept.clear()
 
     def _scored(self, batch: Any, number: int) -> Result:
         """The result of one chunk of queries."""
@@ -191,6 +214,8 @@ class DeltaEngine:
         """The output of the body with one chunk's weights in it, and fresh buffers: a forward may count in one."""
         self._state.queries = self._counts[number]
         self._state.reset()
+        if self._kept is not None:
+            self._kept.rewind()
         self._body.put({name: buffer.clone() for name, buffer in self._buffers.items()})
         self._body.put(self._sets[number])
         with Carrying(self._state):

@@ -22,9 +22,19 @@ def activation(kind: str) -> Callable[..., Stack]:
     """The rule of an activation that `finf_fast.ops.activation_delta` knows."""
 
     def run(input: Any, inplace: bool = False) -> Any:
-        return put_in_place(input, Stack(ops.activation_delta(input.stacked, kind)), inplace)
+        y = in_memory_order(lambda s: ops.activation_delta(s, kind), input.stacked)
+        return put_in_place(input, Stack(y), inplace)
 
     return run
+
+
+def in_memory_order(function: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
+    """An elementwise function of a stack, which keeps its layout where it has no gaps: images stay channels-last."""
+    order = sorted(range(s.dim()), key=lambda d: -s.stride(d))
+    turned = s.permute(order)
+    if order[0] != 0 or not turned.is_contiguous():
+        return function(s)
+    return function(turned).permute([order.index(d) for d in range(s.dim())])
 
 
 for _kind in ("relu", "silu", "tanh", "sigmoid"):

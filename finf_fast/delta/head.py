@@ -7,6 +7,7 @@ every result waits until something reads it, and what the loss is given is what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from finf_fast import ops
 from finf_fast.delta import arithmetic, functions
 from finf_fast.delta.arithmetic import logical
-from finf_fast.delta.stack import Carried, Changed, Stack
+from finf_fast.delta.stack import Carried, Changed, Group, Stack
 from finf_fast.delta.structure import cast
 from finf_fast.delta.table import current, rule
 from finf_fast.loss import Head
+from finf_fast.reference import product
 
 
 class Linear(Stack):
@@ -100,23 +102,55 @@ class Linear(Stack):
 
 def formed(x: Tensor, weight: Any, bias: Any, queries: int) -> Tensor:
     """(1 + Q, N, D') of x (1 + Q or 1, N, D), a weight and a bias, plain or changed in any mixture of forms."""
-    W, b = logical_of(weight), logical_of(bias)
-    db = None if not isinstance(bias, Carried) else bias.stacked[1:].to(x.dtype)
+    W, b, kept = logical_of(weight), logical_of(bias), current().kept
+    key, value = (None, None) if kept is None else kept.find(x[0], W, b)
+    if value is not None:
+        return _with_value(value, x, weight, bias, queries)
+    y = _formed(x, weight, bias, queries)
+    if kept is not None:
+        kept.keep(key, x[0], y[0])
+    return y
+
+
+def _formed(x: Tensor, weight: Any, bias: Any, queries: int) -> Tensor:
+    W, b, db = logical_of(weight), logical_of(bias), _change_of(bias, x)
     groups = weight.groups if isinstance(weight, Changed) else ()
     if len(groups) == 1 and len(groups[0].queries) == queries:
         (group,) = groups
         factors = None if group.u is None else (group.u, group.v)
         return ops.linear_delta(x, W, b, dW=group.dense, dW_factors=factors, db=db)
-    if not groups:
-        return ops.linear_delta(x, W, b, db=db)
     y = ops.linear_delta(x, W, b, db=db)
-    y = y if len(y) == 1 + queries else _widened(y, queries)
+    if groups:
+        y = y if len(y) == 1 + queries else _widened(y, queries)
+        _add_groups(y, x, groups)
+    return y
+
+
+def _with_value(value: Tensor, x: Tensor, weight: Any, bias: Any, queries: int) -> Tensor:
+    """The same where the base's own result (N, D') is known."""
+    y = _widened(value[None], queries)
+    if len(x) > 1:
+        y[1:] = product.linear(x[1:], logical_of(weight))
+    if isinstance(weight, Changed):
+        _add_groups(y, x, weight.groups)
+    db = _change_of(bias, x)
+    if db is not None:
+        y[1:] += db[:, None]
+    return y
+
+
+def _add_groups(y: Tensor, x: Tensor, groups: Sequence[Group]) -> None:
+    """y_q += (x0 + dx_q) dW_qᵀ of queries of several forms."""
     x1 = x[:1] + x[1:] if len(x) > 1 else None
     for group in groups:
         after = x[:1].expand(len(group.queries), *x.shape[1:]) if x1 is None else x1[list(group.queries)]
         extra = after @ group.dense.mT if group.dense is not None else (after @ group.v) @ group.u.mT
         y[[1 + q for q in group.queries]] += extra
-    return y
+
+
+def _change_of(bias: Any, x: Tensor) -> Tensor | None:
+    """(Q, D') change of a bias in the type of the rows, None where it has none."""
+    return bias.stacked[1:].to(x.dtype) if isinstance(bias, Carried) else None
 
 
 def _widened(y: Tensor, queries: int) -> Tensor:

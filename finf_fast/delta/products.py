@@ -13,6 +13,8 @@ from finf_fast.delta.head import Linear, logical_of
 from finf_fast.delta.stack import Carried, Changed, Group, NotCarried, Stack, align, lift
 from finf_fast.delta.structure import count_of, folded, transpose
 from finf_fast.delta.table import current, rule, unruled, words
+from finf_fast.fold import laid_out
+from finf_fast.reference.product import add_linear_
 
 
 @rule("linear")
@@ -144,6 +146,8 @@ def _convolution(name: str) -> None:
     rule(name)(run)
 
 
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
 for _name in words("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"):
     _convolution(_name)
 
@@ -159,14 +163,10 @@ def convolve(function: Any, input: Any, weight: Any, bias: Any, args: tuple, kwa
     def run(x: Tensor, kernel: Tensor) -> Tensor:
         return function(x, kernel, None, *args, **kwargs)
 
-    if isinstance(input, Carried):
-        y = folded(run, input.stacked, W)
-    else:
-        value = run(input, W)
-        y = torch.zeros((count, *value.shape), dtype=value.dtype, device=value.device)
-        y[0] = value
+    y = _by_kernel(run, input, W, count)
     if isinstance(weight, Carried):
-        _kernel_changes(run, input, weight, y)
+        filters = None if function in TRANSPOSED or W.shape[1] != input.shape[1] else run  # one group of channels
+        _kernel_changes(run, filters, input, weight, y)
     if bias is not None:
         shape = (-1, *(1,) * spatial)
         if isinstance(bias, Carried):
@@ -176,11 +176,55 @@ def convolve(function: Any, input: Any, weight: Any, bias: Any, args: tuple, kwa
     return Stack(y)
 
 
-def _kernel_changes(run: Any, input: Any, weight: Any, y: Tensor) -> None:
-    """Adds (x + Δx) * dW, query by query."""
-    for q in range(len(y) - 1):
-        after = input.stacked[0] + input.stacked[1 + q] if isinstance(input, Carried) else input
-        y[1 + q] += run(after, weight.stacked[1 + q])
+def _by_kernel(run: Any, input: Any, W: Tensor, count: int) -> Tensor:
+    """(1 + Q, …): the shared kernel on all rows in one call, or on the base's alone where nothing has changed yet."""
+    kept, x = current().kept, input.stacked if isinstance(input, Carried) else input[None]
+    key, value = (None, None) if kept is None else kept.find(x[0], W)
+    if value is None and len(x) > 1:
+        y = folded(run, x, W)
+    else:
+        value = run(x[0], W) if value is None else value
+        y = torch.zeros((count, *value.shape), dtype=value.dtype, device=value.device)
+        y[0] = value
+        if len(x) > 1:
+            y[1:] = folded(run, x[1:], W)
+    if kept is not None:
+        kept.keep(key, x[0], y[0])
+    return y
+
+
+def _kernel_changes(run: Any, filters: Any, input: Any, weight: Any, y: Tensor) -> None:
+    """Adds (x + Δx) * dW, query by query; ``filters`` runs r filters of the kernel's shape, None where it has none."""
+    groups = weight.groups if isinstance(weight, Changed) else [Group(tuple(range(len(y) - 1)), weight.stacked[1:])]
+    for group in groups:
+        low = group.dense is None and filters is not None
+        whole = None if low else group.full(logical_of(weight))
+        for at, q in enumerate(group.queries):
+            after = input.stacked[0] + input.stacked[1 + q] if isinstance(input, Carried) else input
+            if not low:
+                y[1 + q] += run(after, whole[at])
+                continue
+            if group.scale is not None:
+                _rescale(y, q, group.scale[at])
+            if not group.u.shape[2]:
+                continue
+            V = group.v[at].T.reshape(-1, *weight.shape[1:])
+            _mix(y[1 + q], filters(after, laid_out(V)), group.u[at])
+
+
+def _rescale(y: Tensor, q: int, scale: Tensor) -> None:
+    """Adds scale times the layer's whole output after the change, of which y holds value and change, not yet a bias."""
+    spread = scale.view(-1, *(1,) * (y.dim() - 3))
+    y[1 + q].addcmul_(y[0] + y[1 + q], spread)
+
+
+def _mix(y: Tensor, h: Tensor, u: Tensor) -> None:
+    """Adds to y (B, C', …) the r channels of h (B, r, …) mixed by u (C', r)."""
+    rows, filtered = y.movedim(1, -1), h.movedim(1, -1)
+    if rows.is_contiguous() and filtered.is_contiguous():  # channels last: one product, added before it rounds
+        add_linear_(rows.view(1, -1, rows.shape[-1]), filtered.view(1, -1, h.shape[1]), u[None])
+    else:
+        y += torch.einsum("br...,cr->bc...", h, u)
 
 
 @rule("embedding")
@@ -213,5 +257,5 @@ def embedding_below(weight, indices, *args, **kwargs):
 
 def slice_of(weight: Changed, index: int) -> Changed:
     """One of the matrices of a changed (experts, rows, columns) parameter."""
-    groups = [Group(group.queries, group.dense[:, index]) for group in weight.groups]
+    groups = [Group(group.queries, group.full(weight.base)[:, index]) for group in weight.groups]
     return Changed(weight.base[index], groups, weight.queries)

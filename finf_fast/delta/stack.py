@@ -75,25 +75,36 @@ class Group:
     Attributes:
         queries: which of the Q.
         dense: (len(queries), *shape) change; None where it is low rank.
-        u, v: factors (len(queries), rows, r) and (len(queries), columns, r); the change is ``u[i] @ v[i].T``.
+        u, v: factors (len(queries), rows, r) and (len(queries), columns, r); the change is ``u[i] @ v[i].T``, where
+            the tensor has more dimensions with all but the first as columns.
+        scale: (len(queries), rows), beside factors: the change has ``scale[i]`` times the rows of the tensor as well,
+            as of a kernel with a changed batch norm inside.
     """
 
     queries: tuple[int, ...]
     dense: Tensor | None = None
     u: Tensor | None = None
     v: Tensor | None = None
+    scale: Tensor | None = None
 
     def transposed(self) -> Group:
+        """Of a matrix; only kernels, which are none, have a scale."""
         if self.dense is not None:
             return Group(self.queries, self.dense.mT)
         return Group(self.queries, None, self.v, self.u)
 
     def to_kind(self, kind: torch.dtype) -> Group:
-        return Group(self.queries, *(None if x is None else x.to(kind) for x in (self.dense, self.u, self.v)))
+        tensors = (self.dense, self.u, self.v, self.scale)
+        return Group(self.queries, *(None if x is None else x.to(kind) for x in tensors))
 
-    def full(self) -> Tensor:
-        """(len(queries), *shape) dense."""
-        return self.dense if self.dense is not None else self.u @ self.v.mT
+    def full(self, base: Tensor) -> Tensor:
+        """(len(queries), *shape) dense, ``base`` being the tensor that changes."""
+        if self.dense is not None:
+            return self.dense
+        whole = (self.u @ self.v.mT).view(len(self.queries), *base.shape)
+        if self.scale is None:
+            return whole
+        return whole + self.scale.view(*self.scale.shape, *(1,) * (base.dim() - 1)) * base
 
 
 class Changed(Carried):
@@ -125,7 +136,7 @@ class Changed(Carried):
                 else lift(self.base, 1 + self.queries)
             )
             for group in self.groups:
-                stacked[[1 + q for q in group.queries]] = group.full()
+                stacked[[1 + q for q in group.queries]] = group.full(self.base)
             self._stacked = stacked
         return self._stacked
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finf_fast.delta.kept import Kept
 from finf_fast.delta.stack import Carried, Changed, NotCarried, Stack, align, lift, untouched
 
 __all__ = [
@@ -159,6 +160,7 @@ class State:
         self._adopted: dict[int, tuple[Tensor, Stack]] = {}
         self._storages: set[int] = set()
         self._pending: list[Any] = []
+        self.kept: Kept | None = None  # the base's products, where queries come in chunks
 
     @property
     def adopting(self) -> bool:

@@ -50,9 +50,45 @@ def _set(
                 place = body.slots[name].tensor.device
                 wide = own[name].detach().to(place, torch.promote_types(own[name].dtype, torch.float32))
                 tensors[name] = _packed(name, wide, updates) if name in names else wide
-        weight, bias = pair.fold(tensors)
+        weight, bias = _folded(pair, tensors)
         found |= {f"{pair.layer}.weight": _rounded(weight, dtype), f"{pair.layer}.bias": _rounded(bias, dtype)}
     return found
+
+
+def _folded(pair: fold.Fold, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Weight and bias of a convolution with its norm inside; factors stay factors."""
+    weight = tensors[pair.sources[0]]
+    scale, bias = pair.affine(tensors)
+    s, ds = (scale.stacked[0], scale.stacked[1:]) if isinstance(scale, Stack) else (scale, None)
+    if ds is None and not isinstance(weight, Changed):
+        return pair.fold(tensors)
+    if ds is not None and not bool(s.all()):  # a channel turned off grows from nothing, by no share
+        return pair.fold(tensors)
+    weight = weight if isinstance(weight, Changed) else Changed(weight, [], len(ds))
+    silent = tuple(set(range(weight.queries)).difference(*(group.queries for group in weight.groups)))
+    groups = [*weight.groups, _nothing(silent, weight.base)] if silent and ds is not None else weight.groups
+    folded = [_scaled(group, weight.base, s, None if ds is None else ds[list(group.queries)]) for group in groups]
+    return Changed(weight.base * _spread(s, weight.base), folded, weight.queries), bias
+
+
+def _scaled(group: Group, base: Tensor, s: Tensor, ds: Tensor | None) -> Group:
+    """The change of s W, all queries of one form: s1 (W + u vᵀ) - s W is (ds / s) of the rows of s W, and (s1 u) vᵀ."""
+    after = s.expand(len(group.queries), -1) if ds is None else s + ds
+    if group.dense is None:
+        return Group(group.queries, None, after[..., None] * group.u, group.v, None if ds is None else ds / s)
+    dense = group.dense * _spread(after, base)
+    return Group(group.queries, dense if ds is None else dense + base * _spread(ds, base))
+
+
+def _nothing(queries: tuple[int, ...], base: Tensor) -> Group:
+    """No change, as factors."""
+    u, v = (base.new_zeros(len(queries), size, 0) for size in (len(base), base[0].numel()))
+    return Group(queries, None, u, v)
+
+
+def _spread(rows: Tensor, kernel: Tensor) -> Tensor:
+    """(…, rows) made to multiply (…, rows, *columns)."""
+    return rows.view(*rows.shape, *(1,) * (kernel.dim() - 1))
 
 
 def _packed(name: str, base: Tensor, updates: Sequence[Update]) -> Changed:
@@ -62,15 +98,19 @@ def _packed(name: str, base: Tensor, updates: Sequence[Update]) -> Changed:
 
 
 def _rounded(tensor: Any, dtype: torch.dtype) -> Any:
-    """In the engine's type, kernels channels-last: what convolutions on a processor read fastest."""
+    """In the engine's type, 2-D kernels channels-last."""
+    if isinstance(tensor, Changed):
+        rounded = tensor.to_kind(dtype)
+        groups = [g if g.dense is None else Group(g.queries, _rows_laid_out(g.dense)) for g in rounded.groups]
+        return Changed(fold.laid_out(rounded.base), groups, tensor.queries)
     if isinstance(tensor, Stack):
-        rows = torch.stack([_laid_out(row) for row in tensor.stacked.to(dtype)])
-        return Stack(rows)
-    return _laid_out(tensor.to(dtype))
+        return Stack(_rows_laid_out(tensor.stacked.to(dtype)))
+    return fold.laid_out(tensor.to(dtype))
 
 
-def _laid_out(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+def _rows_laid_out(stacked: Tensor) -> Tensor:
+    """The same of each row of a stack of 2-D kernels."""
+    return stacked.movedim(2, -1).contiguous().movedim(-1, 2) if stacked.dim() == 5 else stacked
 
 
 def _change(update: Update, name: str, base: Tensor) -> Tensor | LowRank | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finf_fast.loss import Loss, mapped
-from finf_fast.lowrank import LowRank, dense, parts
+from finf_fast.lowrank import LowRank, compress_kernel, dense, kernel_pays, parts
 from finf_fast.mirrors.choose import Filter, choose
 from finf_fast.mirrors.factors import Capture
 from finf_fast.mirrors.query import Query
@@ -48,6 +48,7 @@ class Body:
         self.device, self.train, self._loss = device, train, loss
         self._skeleton = Skeleton(model, self.device, self.dtype, train)
         self.weights = self._skeleton.base(names)
+        self._kernels = _kernels(self._skeleton.module)
         self._buffers = {name: slot.tensor for name, slot in self._skeleton.slots.items() if slot.buffer}
         self._vocabulary, self._outputs = vocabulary(model), None
 
@@ -103,7 +104,10 @@ class Body:
         return gradients
 
     def factored(self, query: Query, rank: int) -> tuple[float, dict[str, Tensor | LowRank], dict[str, float]]:
-        """The loss of a query, and as :meth:`gradients` its gradients, those of linear maps as factors where they pay.
+        """The loss of a query, and as :meth:`gradients` its gradients, as factors where they pay.
+
+        Of a linear map they are taken during the backward pass. The kernel of a convolution meets more positions than
+        it has rows, so its gradient is formed, and then compressed.
 
         Args:
             rank: the most columns of a factor.
@@ -125,6 +129,8 @@ class Body:
             for tensor in pieces.tensors:
                 require_finite({name: tensor}, "gradient", query.who)
             gradients[name], shares[name] = pieces.whole(rank)
+            if name in self._kernels and kernel_pays(gradients[name].shape, rank):
+                gradients[name], shares[name] = compress_kernel(gradients[name], rank)
         return loss.item(), gradients, shares
 
     def _require_some(self, gradients: Mapping[str, object], who: str) -> None:
@@ -183,6 +189,12 @@ class Body:
             yield
         finally:
             self._skeleton.put(kept)
+
+
+def _kernels(module: nn.Module) -> set[str]:
+    """Names of the weights of convolutions whose every output channel reads all inputs."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, kinds) and m.groups == 1}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Plain gradient steps: Δ ± lr · g; for linear layers as two thin factors."""
+"""Plain gradient steps: Δ ± lr · g; for linear layers and convolutions as two thin factors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class SGD(Method):
     """``torch.optim.SGD`` without momentum; ``lr`` 1e-2 by default.
 
     The change of a linear layer or an embedding, on a query of T tokens a matrix of rank T at most, is kept as
-    :class:`finf_fast.LowRank` and never formed. What has more columns than ``rank`` is compressed to the best
-    approximation of that rank, and the record says which share of its squared norm that discarded. Dense stay: layers
+    :class:`finf_fast.LowRank` and never formed. What has more columns than ``rank``, and the kernel of a convolution
+    (out, in · height · width), is compressed to the best approximation of that rank, and the record says which share
+    of its squared norm that discarded. Dense stay: grouped convolutions, layers
     so small or queries so long that factors would not pay (:meth:`finf_fast.mirrors.factors.Gradient.whole`), weights
     that something else reads too, and everything where ``weight_decay`` or several ``steps`` are asked for.
 

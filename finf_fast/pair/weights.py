@@ -74,8 +74,4 @@ class WeightSets:
                 ready[name], ready[f"{pair.layer}.bias"] = pair.fold(tensors)
             elif name not in ready and name in tensors:
                 ready[name] = tensors[name]
-        return {name: _laid_out(tensor) for name, tensor in ready.items()}
-
-
-def _laid_out(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        return {name: fold.laid_out(tensor) for name, tensor in ready.items()}
