@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "check.h"
+#include "cpu/attention_delta.h"
 #include "cpu/cross_entropy_delta.h"
 #include "cpu/group_norm_delta.h"
 #include "cpu/isa/kernels.h"
@@ -99,6 +102,43 @@ void group_norm_delta(int dtype, uintptr_t x, int64_t x_stride_q, int64_t x_stri
     finf::group_norm_delta(rows, finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
+// A stack of attention: address, strides (q, b, h, t), whether it moves.
+using Stack = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, bool>;
+
+finf::AttentionStack stack(const Stack& x) {
+    const auto& [first, q, b, h, t, moves] = x;
+    return {memory<void>(first), q, b, h, t, moves};
+}
+
+void attention_delta(int dtype, const Stack& q, const Stack& k, const Stack& v, uintptr_t seen, uintptr_t added,
+                     int64_t mask_stride_b, int64_t mask_stride_h, int64_t mask_stride_t, int64_t mask_stride_s,
+                     uintptr_t out, int64_t B, int64_t H, int64_t G, int64_t T, int64_t S, int64_t E, int64_t F,
+                     int64_t Q, bool causal, double scale, double softcap, int64_t threads) {
+    finf::attention_delta({stack(q),
+                           stack(k),
+                           stack(v),
+                           finf::require_float_or_bf16("dtype", dtype),
+                           memory<bool>(seen),
+                           memory<float>(added),
+                           mask_stride_b,
+                           mask_stride_h,
+                           mask_stride_t,
+                           mask_stride_s,
+                           memory<void>(out),
+                           B,
+                           H,
+                           G,
+                           T,
+                           S,
+                           E,
+                           F,
+                           Q,
+                           causal,
+                           scale,
+                           softcap,
+                           threads});
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const finf::Kernels* found : finf::available_kernels()) names.emplace_back(found->name);
@@ -137,6 +177,10 @@ PYBIND11_MODULE(_C, module) {
                "x_moves"_a, "weight"_a, "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "N"_a, "D"_a, "Q"_a, "groups"_a,
                "run"_a, "eps"_a, "threads"_a,
                "x (1+Q,N,D) or (1,N,D), a row one group; a parameter for every `run` numbers of it -> y (1+Q,N,D).");
+    module.def("attention_delta", attention_delta, unlocked, "dtype"_a, "q"_a, "k"_a, "v"_a, "seen"_a, "added"_a,
+               "mask_stride_b"_a, "mask_stride_h"_a, "mask_stride_t"_a, "mask_stride_s"_a, "out"_a, "B"_a, "H"_a, "G"_a,
+               "T"_a, "S"_a, "E"_a, "F"_a, "Q"_a, "causal"_a, "scale"_a, "softcap"_a, "threads"_a,
+               "q (1+Q,B,H,T,E), k (1+Q,B,G,S,E), v (1+Q,B,G,S,F) -> out (1+Q,B,H,T,F). dtype: 0 float32, 1 bfloat16.");
     module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
                "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
                "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 
 import numpy as np
 import pytest
@@ -161,6 +162,49 @@ def test_pieces_meet(dtype, monkeypatch, piece, causal):
     """One row of queries a piece, two, four with a ragged end, all."""
     monkeypatch.setattr(page, "_PIECE", piece)
     held(stacks(0.1, dtype), dtype, causal=causal, mask=MASKS["each"]())
+
+
+# The compiled loop: blocks of 48 rows, tiles of 64 keys, widths in eights; past 1024 keys scores are made twice.
+EDGES = [(T, Tk, 8, 8) for T in (1, 47, 48, 49, 97) for Tk in (63, 64, 65, 130)]
+EDGES += [(3, 5, E, Ev) for E, Ev in ((1, 1), (7, 9), (8, 16), (40, 3), (65, 72))] + [(5, 1024, 4, 4), (50, 1027, 4, 4)]
+
+
+@pytest.mark.parametrize("T, Tk, E, Ev", EDGES)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 2.0}], ids=str)
+def test_edges_of_blocks_and_tiles(dtype, T, Tk, E, Ev, options):
+    held(stacks(0.1, dtype, B=1, H=2, Hk=1, T=T, Tk=Tk, E=E, Ev=Ev), dtype, **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_late_key_leaps(dtype, softcap):
+    """In the last tile of several, for some rows only, also where the scores are made twice."""
+    q, k, v = stacks(1e-2, dtype, B=1, H=2, Hk=1, T=50, Tk=200)
+    k[1, :, :, 190] = 12
+    held([q, k, v], dtype, slack=100, softcap=softcap)
+    held([q, k, v], dtype, slack=100, softcap=softcap, causal=True)
+
+
+def test_nan_stays_in_its_rows(dtype):
+    q, k, v = stacks(0.1, dtype, T=60)
+    q[0, 0, 1, 50, 3], q[1, 1, 2, 7, 0] = math.nan, math.nan
+    out = attention_delta(q, k, v)
+    assert out[:, 0, 1, 50].isnan().all() and out[1, 1, 2, 7].isnan().all()
+    bad = torch.zeros_like(out, dtype=torch.bool)
+    bad[:, 0, 1, 50], bad[1, 1, 2, 7] = True, True
+    assert out[~bad].isfinite().all()
+
+
+def test_the_same_bits_for_any_number_of_threads(dtype):
+    qkv, before = stacks(0.1, dtype, T=130, Tk=130), torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            runs.append(attention_delta(*qkv, causal=True))
+    finally:
+        torch.set_num_threads(before)
+    if os.environ["FINF_BACKEND"] == "cpp":  # torch's own products may share their sums out differently
+        assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 def test_no_change_is_exactly_zero(dtype):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype, check_same_device, check_shape
+from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape, rows
 from finf_fast.ops.register import register
-from finf_fast.ops.stacks import check_stack, stacked_queries
+from finf_fast.ops.stacks import address, check_stack, stacked_queries
 
 __all__ = ["attention_delta"]
 
@@ -95,7 +97,36 @@ def _run_reference(q, k, v, causal, scale, mask, softcap):
     return reference.attention_delta(q, k, v, causal=causal, scale=scale, mask=mask, softcap=softcap)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(q, k, v, causal, scale, mask, softcap):
+    out = _allocate(q, k, v, causal, scale, mask, softcap)
+    if not k.shape[3] or not out.numel():
+        return out.zero_()
+    q, k, v = map(rows, (q, k, v))
+    seen, added, strides = _told_mask(mask, (*q.shape[1:4], k.shape[3]))
+    dispatch.compiled().attention_delta(
+        *(CODES[q.dtype], *map(_told, (q, k, v)), address(seen), address(added), *strides, out.data_ptr()),
+        *(*q.shape[1:3], k.shape[2], q.shape[3], k.shape[3], q.shape[4], v.shape[4], len(out) - 1, causal),
+        *(1 / math.sqrt(max(q.shape[4], 1)) if scale is None else scale, softcap or 0.0, torch.get_num_threads()),
+    )
+    return out
+
+
+def _told(x: Tensor) -> tuple:
+    """Address, strides and whether it moves, as the compiled loop is told."""
+    return x.data_ptr(), *x.stride()[:4], len(x) > 1
+
+
+def _told_mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+    """The mask if it is one of booleans, the mask if it is one of numbers, and its strides over (B, H, T, T')."""
+    if mask is None:
+        return None, None, (0, 0, 0, 0)
+    if mask.dtype == torch.bool:
+        return mask, None, mask.expand(shape).stride()
+    mask = mask.float()
+    return None, mask, mask.expand(shape).stride()
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 
 @register(

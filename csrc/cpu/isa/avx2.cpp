@@ -65,6 +65,11 @@ FINF_INLINE void fence() { _mm_sfence(); }
 FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+// `yes` where a > b, else `no`, also where either is NaN.
+FINF_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
+}
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
@@ -104,6 +109,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
+#include "../tiles/attention_delta.inl.h"
 
 }  // namespace
 
@@ -114,7 +120,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS};
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ATTENTION_DELTA};
 }
 
 #endif

@@ -73,6 +73,11 @@ FINF_INLINE void store_first(Bf16* p, Vec a, int64_t count) { _mm256_mask_storeu
 FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+// `yes` where a > b, else `no`, also where either is NaN.
+FINF_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v);
+}
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
@@ -82,6 +87,7 @@ FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
+#include "../tiles/attention_delta.inl.h"
 
 }  // namespace
 
@@ -92,7 +98,7 @@ FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 #endif
 
 namespace finf {
-const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS};
+const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ATTENTION_DELTA};
 }
 
 #endif

@@ -58,6 +58,9 @@ FINF_INLINE void fence() {}
 FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+// `yes` where a > b, else `no`, also where either is NaN.
+FINF_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) { return a.v > b.v ? yes.v : no.v; }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FINF_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
@@ -91,9 +94,10 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
+#include "../tiles/attention_delta.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS};
+const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ATTENTION_DELTA};
 }

@@ -74,11 +74,45 @@ struct NormScratch {
     NormValue* values;  // R
 };
 
+// Rows of a block of attention, a multiple of three of any vectors; keys of a tile, whose 12 KiB of scores stay in the
+// first-level cache; what the width of a value is rounded up to.
+constexpr int64_t ATTENTION_ROWS = 48, ATTENTION_KEYS = 64, ATTENTION_PAD = 8;
+constexpr int64_t attention_width(int64_t F) { return (F + ATTENTION_PAD - 1) / ATTENTION_PAD * ATTENTION_PAD; }
+
+// Whether a block keeps its scores from the first walk over the keys to the second: if they take 192 KiB at most, a
+// part of the second-level cache, and no cap asks for what they were before it. And of how many keys it holds them.
+constexpr bool attention_keeps(int64_t S, bool capped) { return S <= 1024 && !capped; }
+constexpr int64_t attention_scores(int64_t S, bool capped) {
+    return attention_keeps(S, capped) ? (S + ATTENTION_KEYS - 1) / ATTENTION_KEYS * ATTENTION_KEYS : ATTENTION_KEYS;
+}
+
+// Queries, keys or values of one head: (1+Q, rows, width), or (1, rows, width) where they do not move.
+struct AttentionInput {
+    const void* first;
+    int64_t stride_q, stride_t;
+    bool moves;
+};
+
+// The rows of one head from `begin` on, ATTENTION_ROWS of them or what is left.
+struct AttentionBlock {
+    AttentionInput q, k, v;  // (T, E), (S, E), (S, F)
+    const bool* seen;        // (T, S) of the mask by strides: true where a row may look; or null
+    const float* added;      // (T, S): what is added to the scores; or null
+    int64_t mask_stride_t, mask_stride_s;
+    void* out;  // (1+Q, T, F), written
+    int64_t out_stride_q;
+    int64_t T, S, E, F, Q, begin;
+    bool causal;
+    float scale, softcap;  // no cap: 0
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
     // [type]: rows [begin, end).
     void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, const NormScratch&);
+    // [type]: `room` is attention_room of numbers, not initialised, on a cache line's border.
+    void (*const* attention_delta)(const AttentionBlock&, float* room);
 };
 
 extern const Kernels BASELINE;
