@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "check.h"
+#include "cpu/activation_delta.h"
 #include "cpu/cross_entropy_delta.h"
 #include "cpu/group_norm_delta.h"
 #include "cpu/isa/kernels.h"
@@ -43,6 +44,14 @@ void topk_merge(uintptr_t values, uintptr_t indices, uintptr_t scores, int score
     finf::topk_merge({memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
                       finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K, S,
                       threads});
+}
+
+void activation_delta(const std::string& kind, int dtype, uintptr_t x, int64_t x_stride_q, bool x_moves, uintptr_t gate,
+                      int64_t gate_stride_q, bool gate_moves, uintptr_t y, int64_t M, int64_t Q, int64_t threads) {
+    finf::activation_delta(kind,
+                           {memory<void>(x), x_stride_q, x_moves, memory<void>(gate), gate_stride_q, gate_moves,
+                            memory<void>(y), M, Q, false},
+                           finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
 finf::NormRows row_norm(uintptr_t x, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t residual,
@@ -124,6 +133,9 @@ PYBIND11_MODULE(_C, module) {
                "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a, "delta_stride_q"_a,
                "N"_a, "V"_a, "Q"_a, "ignore_index"_a, "label_smoothing"_a, "threads"_a,
                "z (N,V), dz (Q,N,V), target (N) int64 -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
+    module.def("activation_delta", activation_delta, unlocked, "kind"_a, "dtype"_a, "x"_a, "x_stride_q"_a, "x_moves"_a,
+               "gate"_a, "gate_stride_q"_a, "gate_moves"_a, "y"_a, "M"_a, "Q"_a, "threads"_a,
+               "x, gate (1+Q,M) or (1,M) -> y (1+Q,M). gate: 0 for none. dtype: 0 float32, 1 bfloat16.");
     module.def("layer_norm_delta", layer_norm_delta, unlocked, "dtype"_a, "x"_a, "x_stride_q"_a, "x_stride_n"_a,
                "x_moves"_a, "residual"_a, "residual_stride_q"_a, "residual_stride_n"_a, "residual_moves"_a, "weight"_a,
                "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "sum"_a, "N"_a, "D"_a, "Q"_a, "eps"_a, "threads"_a,

@@ -47,7 +47,7 @@ _SHORT = Face(("cpu",), (torch.float32, torch.bfloat16))
 # Faces in order of preference: what is listed first is fastest where it runs at all.
 TABLE: dict[str, dict[str, Face]] = {
     "cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
-    "activation_delta": {"reference": _ANY},
+    "activation_delta": {"cpp": _SHORT, "reference": _ANY},
     "attention_delta": {"reference": _ANY},
     "group_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "reference": _ANY},

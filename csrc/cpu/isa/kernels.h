@@ -74,11 +74,30 @@ struct NormScratch {
     NormValue* values;  // R
 };
 
+// The functions that activation_delta knows, in the order of the loops.
+constexpr const char* ACTIVATIONS[] = {"relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu"};
+
+// M numbers, Q changes of each, and a gate that multiplies the result or is null. Strides in numbers; a row, and the
+// whole result, lies side by side. What does not move has the value's row only.
+struct ActivationRows {
+    const void* x;  // (1+Q, M) or (1, M)
+    int64_t x_stride_q;
+    bool x_moves;
+    const void* gate;  // the same, or null
+    int64_t gate_stride_q;
+    bool gate_moves;
+    void* y;  // (1+Q, M), written
+    int64_t M, Q;
+    bool past_cache;  // y goes past the cache, see Result in tiles/elements.inl.h
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
     // [type]: rows [begin, end).
     void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, const NormScratch&);
+    // [function][type]: numbers [begin, end) of every row, begin being a whole number of vectors.
+    void (*const (*activate)[2])(const ActivationRows&, int64_t begin, int64_t end);
 };
 
 extern const Kernels BASELINE;
