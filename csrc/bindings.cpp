@@ -11,6 +11,7 @@
 #include "cpu/layer_norm_delta.h"
 #include "cpu/rms_norm_delta.h"
 #include "cpu/segment_sum.h"
+#include "cpu/squared_error_delta.h"
 #include "cpu/topk_merge.h"
 
 namespace py = pybind11;
@@ -37,6 +38,22 @@ void segment_sum(uintptr_t values, int values_dtype, int64_t values_stride_q, ui
                  int64_t out_stride_q, int64_t Q, int64_t N, int64_t S, int64_t threads) {
     finf::segment_sum({memory<void>(values), finf::require_float_or_double("values_dtype", values_dtype),
                        values_stride_q, memory<int64_t>(offsets), memory<void>(out), out_stride_q, Q, N, S, threads});
+}
+
+void squared_error_delta(uintptr_t p, int p_dtype, int64_t p_stride_n, uintptr_t dp, int dp_dtype, int64_t dp_stride_q,
+                         int64_t dp_stride_n, uintptr_t y, int y_dtype, int64_t y_stride_n, uintptr_t base,
+                         uintptr_t delta, int64_t delta_stride_q, int64_t N, int64_t D, int64_t Q, int64_t threads) {
+    finf::squared_error_delta(
+        {{memory<void>(p), finf::require_float_or_bf16("p_dtype", p_dtype), 0, p_stride_n},
+         {memory<void>(dp), finf::require_float_or_bf16("dp_dtype", dp_dtype), dp_stride_q, dp_stride_n},
+         {memory<void>(y), finf::require_float_or_bf16("y_dtype", y_dtype), 0, y_stride_n},
+         memory<float>(base),
+         memory<float>(delta),
+         delta_stride_q,
+         N,
+         D,
+         Q,
+         threads});
 }
 
 void topk_merge(uintptr_t values, uintptr_t indices, uintptr_t scores, int scores_dtype, int64_t scores_stride_q,
@@ -152,6 +169,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
                "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
                "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");
+    module.def("squared_error_delta", squared_error_delta, unlocked, "p"_a, "p_dtype"_a, "p_stride_n"_a, "dp"_a,
+               "dp_dtype"_a, "dp_stride_q"_a, "dp_stride_n"_a, "y"_a, "y_dtype"_a, "y_stride_n"_a, "base"_a, "delta"_a,
+               "delta_stride_q"_a, "N"_a, "D"_a, "Q"_a, "threads"_a,
+               "p, y (N,D), dp (Q,N,D) -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
     module.def("topk_merge", topk_merge, unlocked, "values"_a, "indices"_a, "scores"_a, "scores_dtype"_a,
                "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a, "threads"_a,
                "values, indices (Q,K) updated in place with scores (Q,S). dtype: 0 float32, 2 float64.");

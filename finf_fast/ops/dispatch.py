@@ -55,7 +55,7 @@ TABLE: dict[str, dict[str, Face]] = {
     "linear_delta": {"reference": _ANY},
     "rms_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "segment_sum": {"cpp": Face(("cpu",), (torch.float32, torch.float64)), "reference": _ANY},
-    "squared_error_delta": {"reference": _ANY},
+    "squared_error_delta": {"cpp": _SHORT, "reference": _ANY},
     "topk_merge": {
         "cpp": Face(("cpu",), (torch.float32, torch.float64)),
         "reference": Face(None, (torch.float32, torch.float64)),

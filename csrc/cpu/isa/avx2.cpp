@@ -115,6 +115,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
@@ -125,7 +126,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE};
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA};
 }
 
 #endif

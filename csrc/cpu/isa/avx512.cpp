@@ -94,6 +94,7 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
@@ -104,7 +105,7 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
 #endif
 
 namespace finf {
-const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE};
+const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA};
 }
 
 #endif

@@ -91,6 +91,17 @@ struct ActivationRows {
     bool past_cache;  // y goes past the cache, see Result in tiles/elements.inl.h
 };
 
+// Numbers of a row that squared_error_delta takes at a time.
+constexpr int64_t ERROR_BLOCK = 2048;
+
+struct SquaredErrorLoops {
+    // [type of p][type of y]: n <= ERROR_BLOCK numbers p - y into `gap`, to a whole number of vectors; the sum of
+    // squares.
+    double (*gap[2][2])(const void* p, const void* y, int64_t n, float* gap);
+    // [type of d]: the sum of d (2 gap + d).
+    double (*change[2])(const void* d, int64_t n, const float* gap);
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
@@ -98,6 +109,7 @@ struct Kernels {
     void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, const NormScratch&);
     // [function][type]: numbers [begin, end) of every row, begin being a whole number of vectors.
     void (*const (*activate)[2])(const ActivationRows&, int64_t begin, int64_t end);
+    const SquaredErrorLoops* squared_error_delta;
 };
 
 extern const Kernels BASELINE;
