@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "check.h"
+#include "cpu/activation_delta.h"
 #include "cpu/attention_delta.h"
 #include "cpu/cross_entropy_delta.h"
 #include "cpu/group_norm_delta.h"
@@ -13,6 +14,7 @@
 #include "cpu/layer_norm_delta.h"
 #include "cpu/rms_norm_delta.h"
 #include "cpu/segment_sum.h"
+#include "cpu/squared_error_delta.h"
 #include "cpu/topk_merge.h"
 
 namespace py = pybind11;
@@ -41,11 +43,35 @@ void segment_sum(uintptr_t values, int values_dtype, int64_t values_stride_q, ui
                        values_stride_q, memory<int64_t>(offsets), memory<void>(out), out_stride_q, Q, N, S, threads});
 }
 
+void squared_error_delta(uintptr_t p, int p_dtype, int64_t p_stride_n, uintptr_t dp, int dp_dtype, int64_t dp_stride_q,
+                         int64_t dp_stride_n, uintptr_t y, int y_dtype, int64_t y_stride_n, uintptr_t base,
+                         uintptr_t delta, int64_t delta_stride_q, int64_t N, int64_t D, int64_t Q, int64_t threads) {
+    finf::squared_error_delta(
+        {{memory<void>(p), finf::require_float_or_bf16("p_dtype", p_dtype), 0, p_stride_n},
+         {memory<void>(dp), finf::require_float_or_bf16("dp_dtype", dp_dtype), dp_stride_q, dp_stride_n},
+         {memory<void>(y), finf::require_float_or_bf16("y_dtype", y_dtype), 0, y_stride_n},
+         memory<float>(base),
+         memory<float>(delta),
+         delta_stride_q,
+         N,
+         D,
+         Q,
+         threads});
+}
+
 void topk_merge(uintptr_t values, uintptr_t indices, uintptr_t scores, int scores_dtype, int64_t scores_stride_q,
                 int64_t start, int64_t Q, int64_t K, int64_t S, int64_t threads) {
     finf::topk_merge({memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
                       finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K, S,
                       threads});
+}
+
+void activation_delta(const std::string& kind, int dtype, uintptr_t x, int64_t x_stride_q, bool x_moves, uintptr_t gate,
+                      int64_t gate_stride_q, bool gate_moves, uintptr_t y, int64_t M, int64_t Q, int64_t threads) {
+    finf::activation_delta(kind,
+                           {memory<void>(x), x_stride_q, x_moves, memory<void>(gate), gate_stride_q, gate_moves,
+                            memory<void>(y), M, Q, false},
+                           finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
 finf::NormRows row_norm(uintptr_t x, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t residual,
@@ -164,6 +190,9 @@ PYBIND11_MODULE(_C, module) {
                "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a, "delta_stride_q"_a,
                "N"_a, "V"_a, "Q"_a, "ignore_index"_a, "label_smoothing"_a, "threads"_a,
                "z (N,V), dz (Q,N,V), target (N) int64 -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
+    module.def("activation_delta", activation_delta, unlocked, "kind"_a, "dtype"_a, "x"_a, "x_stride_q"_a, "x_moves"_a,
+               "gate"_a, "gate_stride_q"_a, "gate_moves"_a, "y"_a, "M"_a, "Q"_a, "threads"_a,
+               "x, gate (1+Q,M) or (1,M) -> y (1+Q,M). gate: 0 for none. dtype: 0 float32, 1 bfloat16.");
     module.def("layer_norm_delta", layer_norm_delta, unlocked, "dtype"_a, "x"_a, "x_stride_q"_a, "x_stride_n"_a,
                "x_moves"_a, "residual"_a, "residual_stride_q"_a, "residual_stride_n"_a, "residual_moves"_a, "weight"_a,
                "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "sum"_a, "N"_a, "D"_a, "Q"_a, "eps"_a, "threads"_a,
@@ -184,6 +213,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
                "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
                "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");
+    module.def("squared_error_delta", squared_error_delta, unlocked, "p"_a, "p_dtype"_a, "p_stride_n"_a, "dp"_a,
+               "dp_dtype"_a, "dp_stride_q"_a, "dp_stride_n"_a, "y"_a, "y_dtype"_a, "y_stride_n"_a, "base"_a, "delta"_a,
+               "delta_stride_q"_a, "N"_a, "D"_a, "Q"_a, "threads"_a,
+               "p, y (N,D), dp (Q,N,D) -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
     module.def("topk_merge", topk_merge, unlocked, "values"_a, "indices"_a, "scores"_a, "scores_dtype"_a,
                "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a, "threads"_a,
                "values, indices (Q,K) updated in place with scores (Q,S). dtype: 0 float32, 2 float64.");

@@ -47,7 +47,7 @@ _SHORT = Face(("cpu",), (torch.float32, torch.bfloat16))
 # Faces in order of preference: what is listed first is fastest where it runs at all.
 TABLE: dict[str, dict[str, Face]] = {
     "cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
-    "activation_delta": {"reference": _ANY},
+    "activation_delta": {"cpp": _SHORT, "reference": _ANY},
     "attention_delta": {"cpp": _SHORT, "reference": _ANY},
     "group_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "reference": _ANY},
@@ -55,7 +55,7 @@ TABLE: dict[str, dict[str, Face]] = {
     "linear_delta": {"reference": _ANY},
     "rms_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "segment_sum": {"cpp": Face(("cpu",), (torch.float32, torch.float64)), "reference": _ANY},
-    "squared_error_delta": {"reference": _ANY},
+    "squared_error_delta": {"cpp": _SHORT, "reference": _ANY},
     "topk_merge": {
         "cpp": Face(("cpu",), (torch.float32, torch.float64)),
         "reference": Face(None, (torch.float32, torch.float64)),

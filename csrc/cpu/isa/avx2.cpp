@@ -19,6 +19,7 @@
 
 namespace {
 
+using finf::ActivationRows;
 using finf::Bf16;
 using finf::Change;
 using finf::NormRows;
@@ -66,13 +67,17 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
-// `yes` where a > b, else `no`, also where either is NaN.
-FINF_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
-    return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
-}
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+
+// a < b ? yes : no, lane by lane; a NaN is not less.
+FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
+}
+FINF_INLINE bool all_at_most(Vec a, float bound) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(bound), _CMP_LE_OQ)) == 0xff;
+}
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays: the comparison is "not less than".
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -107,9 +112,11 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
     for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
 }
 
+#include "../tiles/activation_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/attention_delta.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
@@ -120,7 +127,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ATTENTION_DELTA};
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA};
 }
 
 #endif

@@ -14,12 +14,14 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl"))), apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl")
 #endif
 
 namespace {
 
+using finf::ActivationRows;
 using finf::Bf16;
 using finf::Change;
 using finf::NormRows;
@@ -74,10 +76,6 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
-// `yes` where a > b, else `no`, also where either is NaN.
-FINF_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v);
-}
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
@@ -85,9 +83,19 @@ FINF_INLINE Vec scale(Vec p, Vec n) { return _mm512_scalef_ps(p.v, n.v); }
 FINF_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// a < b ? yes : no, lane by lane; a NaN is not less.
+FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
+}
+FINF_INLINE bool all_at_most(Vec a, float bound) {
+    return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(bound), _CMP_LE_OQ) == 0xffff;
+}
+
+#include "../tiles/activation_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/attention_delta.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
@@ -98,7 +106,7 @@ FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 #endif
 
 namespace finf {
-const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ATTENTION_DELTA};
+const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA};
 }
 
 #endif

@@ -8,6 +8,7 @@
 
 namespace {
 
+using finf::ActivationRows;
 using finf::Bf16;
 using finf::Change;
 using finf::NormRows;
@@ -59,11 +60,16 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
-// `yes` where a > b, else `no`, also where either is NaN.
-FINF_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) { return a.v > b.v ? yes.v : no.v; }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FINF_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
+
+// a < b ? yes : no, lane by lane; a NaN is not less.
+FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes.v : no.v; }
+FINF_INLINE bool all_at_most(Vec a, float bound) {
+    const I4 in = a.v <= bound;
+    return (in[0] & in[1] & in[2] & in[3]) != 0;
+}
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays, since a comparison with it is false.
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -92,12 +98,14 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
     for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
 }
 
+#include "../tiles/activation_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/attention_delta.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ATTENTION_DELTA};
+const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA};
 }

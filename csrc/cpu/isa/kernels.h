@@ -106,11 +106,42 @@ struct AttentionBlock {
     float scale, softcap;  // no cap: 0
 };
 
+// The functions that activation_delta knows, in the order of the loops.
+constexpr const char* ACTIVATIONS[] = {"relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu"};
+
+// M numbers, Q changes of each, and a gate that multiplies the result or is null. Strides in numbers; a row, and the
+// whole result, lies side by side. What does not move has the value's row only.
+struct ActivationRows {
+    const void* x;  // (1+Q, M) or (1, M)
+    int64_t x_stride_q;
+    bool x_moves;
+    const void* gate;  // the same, or null
+    int64_t gate_stride_q;
+    bool gate_moves;
+    void* y;  // (1+Q, M), written
+    int64_t M, Q;
+    bool past_cache;  // y goes past the cache, see Result in tiles/elements.inl.h
+};
+
+// Numbers of a row that squared_error_delta takes at a time.
+constexpr int64_t ERROR_BLOCK = 2048;
+
+struct SquaredErrorLoops {
+    // [type of p][type of y]: n <= ERROR_BLOCK numbers p - y into `gap`, to a whole number of vectors; the sum of
+    // squares.
+    double (*gap[2][2])(const void* p, const void* y, int64_t n, float* gap);
+    // [type of d]: the sum of d (2 gap + d).
+    double (*change[2])(const void* d, int64_t n, const float* gap);
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
     // [type]: rows [begin, end).
     void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, const NormScratch&);
+    // [function][type]: numbers [begin, end) of every row, begin being a whole number of vectors.
+    void (*const (*activate)[2])(const ActivationRows&, int64_t begin, int64_t end);
+    const SquaredErrorLoops* squared_error_delta;
     // [type]: `room` is attention_room of numbers, not initialised, on a cache line's border.
     void (*const* attention_delta)(const AttentionBlock&, float* room);
 };

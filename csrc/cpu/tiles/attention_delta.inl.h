@@ -60,22 +60,22 @@ static void product(const Left& a, const float* b, float* c, int64_t M, int64_t 
             product_tile<ADD>({a.first + i * a.down, a.down, a.along}, b + r, c + i * ROWS + r, K);
 }
 
-FINF_INLINE Vec least(Vec a, Vec b) { return if_greater(a, b, b, a); }  // lets a NaN in a through
+FINF_INLINE Vec least(Vec a, Vec b) { return select_less(b, a, b, a); }  // lets a NaN in a through
 
 // tanh of x, by e^(-2|x|), which neither overflows nor cancels but near 0, where expm1 stands for the difference.
 FINF_INLINE Vec tanh_of(Vec x) {
     const Vec e = expm1_of(Vec(-2.0f) * abs(x));
     const Vec size = (Vec(0.0f) - e) / (e + Vec(2.0f));
-    return if_greater(Vec(0.0f), x, Vec(0.0f) - size, size);
+    return select_less(x, Vec(0.0f), Vec(0.0f) - size, size);
 }
 
 // tanh(x + d) - tanh(x) = 2 e^(-2x) (-expm1(-2d)) / ((1 + e^(-2x)) (1 + e^(-2(x+d)))), taken on the side where x >= 0.
 // Past d = -40 both ends lie on the far plateau.
 FINF_INLINE Vec tanh_change_of(Vec x, Vec d) {
-    d = max(Vec(-40.0f), if_greater(Vec(0.0f), x, Vec(0.0f) - d, d));
+    d = max(Vec(-40.0f), select_less(x, Vec(0.0f), Vec(0.0f) - d, d));
     const Vec e = exp_of(Vec(-2.0f) * abs(x)), moved = expm1_of(Vec(-2.0f) * d);
     const Vec change = (Vec(-2.0f) * e * moved) / ((e + Vec(1.0f)) * (fma(e, moved, e) + Vec(1.0f)));
-    return if_greater(Vec(0.0f), x, Vec(0.0f) - change, change);
+    return select_less(x, Vec(0.0f), Vec(0.0f) - change, change);
 }
 
 template <class T>
@@ -249,8 +249,8 @@ class Attention {
                 Vec top = load(top_ + r), lead = load(lead_ + r);
                 for (int64_t key = 0; key < count(j); ++key) {
                     const Vec s = load(scores(j) + key * ROWS + r);
-                    lead = if_greater(s, top, Vec(static_cast<float>(j + key)), lead);
-                    top = if_greater(s, top, s, top);
+                    lead = select_less(top, s, Vec(static_cast<float>(j + key)), lead);
+                    top = select_less(top, s, s, top);
                 }
                 store(top_ + r, top);
                 store(lead_ + r, lead);
@@ -358,7 +358,7 @@ class Attention {
         for (int64_t f = 0; f < F_; ++f)
             for (int64_t r = 0; r < ROWS; r += Vec::W) {
                 const Vec D0 = load(total_ + r), o = load(sums_ + f * ROWS + r) / D0;
-                store(sums_ + f * ROWS + r, if_greater(Vec(0.5f), D0, Vec(0.0f), o));
+                store(sums_ + f * ROWS + r, select_less(D0, Vec(0.5f), Vec(0.0f), o));
             }
         put(0, sums_);
     }
@@ -369,7 +369,7 @@ class Attention {
             for (int64_t r = 0; r < ROWS; r += Vec::W) {
                 const Vec D0 = load(total_ + r), Dd = load(moved_ + n * ROWS + r);
                 const Vec change = (load(sums + f * ROWS + r) - load(sums_ + f * ROWS + r) * Dd) / (D0 + Dd);
-                store(out_ + f * ROWS + r, if_greater(Vec(0.5f), D0, Vec(0.0f), change));
+                store(out_ + f * ROWS + r, select_less(D0, Vec(0.5f), Vec(0.0f), change));
             }
         bool far = false;
         for (int64_t r = 0; r < rows_; ++r) far = far || far_[n * ROWS + r] > 0;
@@ -385,7 +385,7 @@ class Attention {
             find_after(n, j);
             each(count(j), [&](int64_t at, int64_t r) FINF_LAMBDA {
                 const Vec s = load(step_ + at);
-                store(top + r, if_greater(s, load(top + r), s, load(top + r)));
+                store(top + r, select_less(load(top + r), s, s, load(top + r)));
             });
         }
         clear(total, ROWS);
@@ -402,7 +402,7 @@ class Attention {
             for (int64_t r = 0; r < ROWS; r += Vec::W) {
                 const int64_t at = f * ROWS + r;
                 const Vec change = load(sums + at) / load(total + r) - load(sums_ + at);
-                store(out_ + at, if_greater(load(far + r), Vec(0.0f), change, load(out_ + at)));
+                store(out_ + at, select_less(Vec(0.0f), load(far + r), change, load(out_ + at)));
             }
     }
 
