@@ -21,7 +21,10 @@ namespace {
 
 using finf::Bf16;
 using finf::Change;
+using finf::ChangeSums;
+using finf::HeadRow;
 using finf::Row;
+using finf::RowSums;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
@@ -44,9 +47,13 @@ FINF_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+
+// The size of a with the sign of b.
+FINF_INLINE Vec copy_sign(Vec a, Vec b) { return _mm256_or_ps(abs(a).v, _mm256_and_ps(_mm256_set1_ps(-0.0f), b.v)); }
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays: the comparison is "not less than".
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -74,7 +81,18 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
     return load(lanes);
 }
 
+// a0 b0 a1 b1 ...: the lower halves of a and b, and the upper halves.
+FINF_INLINE Vec zip_low(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20);
+}
+FINF_INLINE Vec zip_high(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31);
+}
+
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/fma_peak.inl.h"
+#include "../tiles/gemm_panel.inl.h"
+#include "../tiles/linear_cross_entropy_delta.inl.h"
 
 }  // namespace
 
@@ -85,7 +103,7 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA};
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, &HEAD, &PANELS, nullptr, flops_of_fma};
 }
 
 #endif

@@ -10,7 +10,10 @@ namespace {
 
 using finf::Bf16;
 using finf::Change;
+using finf::ChangeSums;
+using finf::HeadRow;
 using finf::Row;
+using finf::RowSums;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
@@ -41,9 +44,13 @@ FINF_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
 FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FINF_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
+
+// The size of a with the sign of b.
+FINF_INLINE Vec copy_sign(Vec a, Vec b) { return (F4)(((I4)a.v & 0x7fffffff) | ((I4)b.v & ~0x7fffffff)); }
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays, since a comparison with it is false.
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -65,10 +72,17 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
     return load(lanes);
 }
 
+// a0 b0 a1 b1: the lower halves of a and b, and the upper halves.
+FINF_INLINE Vec zip_low(Vec a, Vec b) { return F4{a.v[0], b.v[0], a.v[1], b.v[1]}; }
+FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3]}; }
+
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/fma_peak.inl.h"
+#include "../tiles/gemm_panel.inl.h"
+#include "../tiles/linear_cross_entropy_delta.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA};
+const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, &HEAD, &PANELS, nullptr, flops_of_fma};
 }
