@@ -23,8 +23,9 @@ namespace {
 constexpr int64_t PANEL_BYTES = 512 << 10;
 // Past this a wider panel saves nothing, and the rows of logits it gives no longer fit the first-level cache.
 constexpr int64_t MOST_COLUMNS = 384;
-// Rows, of values and of changes, that share a packed panel: packing then costs a hundredth of multiplying.
-constexpr int64_t BLOCK_ROWS = 1024;
+// Rows, of values and of changes, that share a packed panel: packing it then costs a hundredth of multiplying. Fewer
+// where they are long: they are read once a panel, from a third-level cache that others use too.
+constexpr int64_t BLOCK_ROWS = 2048, BLOCK_BYTES = 8 << 20;
 // Pieces of work, for a few to each thread of a large machine; none with fewer columns than are worth a start.
 constexpr int64_t TASKS = 64, LEAST_COLUMNS = 2048;
 // Rows whose sums are finished, or whose targets are looked up, at once.
@@ -78,6 +79,16 @@ class Head {
 
     // Whether a product shares the panel of `value`.
     bool shares_panel(const Product& change) const { return change.W.first == value.W.first; }
+
+    // Whether panels are packed for each query; then many rows pass by each, and their logits have to be kept.
+    bool packs_by_query() const {
+        return op.Q > 1 && std::any_of(changes.begin(), changes.end(), [&](auto& one) { return !shares_panel(one); });
+    }
+
+    int64_t rows_in_cache() const {
+        const int64_t bytes = std::max<int64_t>(1, op.D * (op.dtype == DType::bf16 ? 2 : 4));
+        return std::min(BLOCK_ROWS, BLOCK_BYTES / bytes);
+    }
 
     int64_t units() const {
         int64_t total = value.units();
@@ -151,7 +162,7 @@ struct Sums {
         const int64_t fitting = PANEL_BYTES / static_cast<int64_t>(sizeof(float)) / head.units();
         columns = std::max(width, std::min(most, fitting) / width * width);
         count = static_cast<int64_t>(rows.size());
-        block = std::max(GROUP, BLOCK_ROWS / (1 + op.Q) / GROUP * GROUP);
+        block = std::max(GROUP, head.rows_in_cache() / (head.packs_by_query() ? 2 : 1 + op.Q) / GROUP * GROUP);
         blocks = ceil_div(count, block);
         panels = ceil_div(op.V, columns);
         const int64_t parts_wanted = blocks ? ceil_div(TASKS, blocks) : 1;
@@ -185,8 +196,9 @@ class Piece {
           multiply_(std::max(head_.units(), op_.D)),
           panel_(sums.columns * head_.value.units()),
           shift_(sums.columns),
-          z_(count_ * sums.columns),
-          raw_(op_.softcap > 0 ? count_ * sums.columns : 0),
+          rows_at_once_(head_.packs_by_query() ? count_ : GROUP),
+          z_(rows_at_once_ * sums.columns),
+          raw_(op_.softcap > 0 ? rows_at_once_ * sums.columns : 0),
           d_(GROUP * sums.columns),
           rescale_(static_cast<size_t>(count_)) {
         for (const Product& change : head_.changes)
@@ -199,17 +211,25 @@ class Piece {
             start_ = panel * sums_.columns;
             n_ = std::min(sums_.columns, op_.V - start_);
             padded_ = ceil_div(n_, head_.value.loops->width) * head_.value.loops->width;
-            form_values();
-            for (int64_t q = 0; q < op_.Q; ++q) form_changes(q);
+            head_.value.pack(0, start_, start_ + n_, panel_.get());
+            for (first_row_ = 0; first_row_ < count_; first_row_ += rows_at_once_) walk_rows();
         }
     }
 
   private:
-    void form_values() {
-        head_.value.pack(0, start_, start_ + n_, panel_.get());
-        const float* shift = shift_from(op_.bias);
-        for (int64_t i = 0; i < count_; i += GROUP) {
-            const int64_t count = std::min(GROUP, count_ - i);
+    // Values, then query by query the changes of some rows in this panel.
+    void walk_rows() {
+        last_row_ = std::min(first_row_ + rows_at_once_, count_);
+        form_values(shift_from(op_.bias));
+        for (int64_t q = 0; q < op_.Q; ++q) {
+            if (first_row_ == 0) pack_changes(q);
+            form_changes(q, shift_from(op_.db ? op_.db + q * op_.db_stride_q : nullptr));
+        }
+    }
+
+    void form_values(const float* shift) {
+        for (int64_t i = first_row_; i < last_row_; i += GROUP) {
+            const int64_t count = std::min(GROUP, last_row_ - i);
             multiply_(head_.value, 0, row(i), count, panel_.get(), padded_, z(i), sums_.columns, false);
             for (int64_t j = i; j < i + count; ++j) take_values(j, shift);
         }
@@ -224,13 +244,15 @@ class Piece {
         }
     }
 
-    void form_changes(int64_t q) {
+    void pack_changes(int64_t q) {
         for (size_t p = 0; p < head_.changes.size(); ++p)
             if (!head_.shares_panel(head_.changes[p]))
                 head_.changes[p].pack(q, start_, start_ + n_, own_panels_[p].get());
-        const float* shift = shift_from(op_.db ? op_.db + q * op_.db_stride_q : nullptr);
-        for (int64_t i = 0; i < count_; i += GROUP) {
-            const int64_t count = std::min(GROUP, count_ - i);
+    }
+
+    void form_changes(int64_t q, const float* shift) {
+        for (int64_t i = first_row_; i < last_row_; i += GROUP) {
+            const int64_t count = std::min(GROUP, last_row_ - i);
             if (head_.changes.empty()) std::fill_n(d_.get(), count * sums_.columns, 0.0f);
             for (size_t p = 0; p < head_.changes.size(); ++p) {
                 const Product& change = head_.changes[p];
@@ -270,18 +292,21 @@ class Piece {
     }
 
     const int64_t* row(int64_t i) const { return &sums_.rows[first_ + i]; }
-    float* z(int64_t i) const { return z_.get() + i * sums_.columns; }
-    float* raw(int64_t i) const { return op_.softcap > 0 ? raw_.get() + i * sums_.columns : nullptr; }
+    float* z(int64_t i) const { return z_.get() + (i - first_row_) * sums_.columns; }
+    float* raw(int64_t i) const { return op_.softcap > 0 ? raw_.get() + (i - first_row_) * sums_.columns : nullptr; }
 
     Sums& sums_;
     const Head& head_;
     const LinearCrossEntropyDelta& op_;
     const int64_t part_, first_, count_;
     const Multiplier multiply_;
-    const Buffer panel_, shift_, z_, raw_, d_;
+    const Buffer panel_, shift_;
+    const int64_t rows_at_once_;
+    const Buffer z_, raw_, d_;
     std::vector<double> rescale_;  // of the sums before this panel
     std::vector<Buffer> own_panels_;
-    int64_t start_ = 0, n_ = 0, padded_ = 0;
+    int64_t start_ = 0, n_ = 0, padded_ = 0;  // columns of this panel
+    int64_t first_row_ = 0, last_row_ = 0;    // rows in hand, counted within the block
 };
 
 void walk(Sums& sums) {

@@ -41,10 +41,17 @@ struct Matrix {
 
     // to[k] += row n of query q, over as many numbers as `to` has.
     void add_row(int64_t q, int64_t n, std::vector<double>& to) const {
-        const void* from = row(q, n);
-        for (size_t k = 0; k < to.size(); ++k)
-            to[k] += dtype == DType::bf16 ? to_double(static_cast<const Bf16*>(from)[k])
-                                          : to_double(static_cast<const float*>(from)[k]);
+        if (dtype == DType::bf16) {
+            add(static_cast<const Bf16*>(row(q, n)), to);
+        } else {
+            add(static_cast<const float*>(row(q, n)), to);
+        }
+    }
+
+  private:
+    template <class T>
+    static void add(const T* from, std::vector<double>& to) {
+        for (size_t k = 0; k < to.size(); ++k) to[k] += to_double(from[k]);
     }
 };
 

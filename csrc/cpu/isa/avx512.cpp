@@ -85,6 +85,12 @@ FINF_INLINE Vec fma_of_pairs(Vec x, Vec w, Vec c) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(c.v) : "v"(w.v), "v"(x.v));
     return c;
 }
+// The nearest bfloat16; of the same extension.
+FINF_INLINE void store_nearest(Bf16* p, Vec a) {
+    __m256i bits;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(a.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+}
 #define FINF_PAIRS
 
 #include "../tiles/cross_entropy_delta.inl.h"

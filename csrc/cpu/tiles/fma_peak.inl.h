@@ -1,7 +1,7 @@
 // Multiplications and additions as fast as they go: registers only, as many sums side by side as hide their latency.
 
-// Two a cycle with a latency of four want eight; a dozen still fit sixteen registers.
-constexpr int CHAINS = 12;
+// Two a cycle with a latency of up to eight want sixteen; of sixteen registers a dozen can be had.
+constexpr int CHAINS = Vec::W == 16 ? 24 : 12;
 
 template <bool PAIRS>
 FINF_INLINE double run_chains(int64_t rounds) {
@@ -11,7 +11,7 @@ FINF_INLINE double run_chains(int64_t rounds) {
     __asm__ volatile("" : "+m"(x), "+m"(w));
     for (Vec& s : sums) s = x;
     for (int64_t round = 0; round < rounds; ++round)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
         for (Vec& s : sums) {
 #ifdef FINF_PAIRS
             s = PAIRS ? fma_of_pairs(x, w, s) : fma(x, w, s);

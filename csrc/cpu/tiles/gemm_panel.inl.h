@@ -14,7 +14,7 @@ typedef float Unit __attribute__((may_alias, aligned(1)));
 // What a unit holds: how to read Vec::W of them from row p of D numbers, from unit k on, and how to multiply.
 template <class T>
 struct Single {
-    typedef T Number;
+    typedef T Number, Loaded;
     static constexpr int64_t IN_UNIT = 1;
     static inline __attribute__((always_inline)) Vec units(const T* p, int64_t k, int64_t D) {
         return D - k >= Vec::W ? load(p + k) : load_first(p + k, D - k, T{});
@@ -25,6 +25,7 @@ struct Single {
 #ifdef FINF_PAIRS
 struct Pairs {
     typedef Bf16 Number;
+    typedef float Loaded;
     static constexpr int64_t IN_UNIT = 2;
     static inline __attribute__((always_inline)) Vec units(const Bf16* p, int64_t k, int64_t D) {
         if (D - 2 * k >= 2 * Vec::W) return load(reinterpret_cast<const float*>(p + 2 * k));
@@ -51,23 +52,38 @@ FINF_INLINE void transpose(Vec (&rows)[Vec::W]) {
     }
 }
 
-// Vec::W columns of a strip, from unit k on. Of the n rows of W that are left those past the end count as zero.
-template <class Units>
+// Vec::W columns of a strip, from unit k on. Of the rows of W, those past n count as zero; WHOLE: there are none, and
+// all units are there.
+template <class Units, bool WHOLE>
 FINF_INLINE void pack_square(const typename Units::Number* W, int64_t stride, int64_t n, int64_t k, int64_t D,
                              const float* centre, float* strip) {
     Vec square[Vec::W];
     const Vec shift = centre ? Single<float>::units(centre, k, D) : Vec(0.0f);
+    const int64_t units = (D + Units::IN_UNIT - 1) / Units::IN_UNIT - k;
 #pragma GCC unroll 16
     for (int i = 0; i < Vec::W; ++i) {
         square[i] = Vec(0.0f);
-        if (i < n) square[i] = Units::units(W + i * stride, k, D);
-        if (i < n && centre) square[i] = square[i] - shift;
+        if (WHOLE)
+            square[i] = load(reinterpret_cast<const typename Units::Loaded*>(W + i * stride + k * Units::IN_UNIT));
+        if (!WHOLE && i < n) square[i] = Units::units(W + i * stride, k, D);
+        if (Units::IN_UNIT == 1 && (WHOLE || i < n)) square[i] = square[i] - shift;
     }
     transpose(square);
-    const int64_t units = (D + Units::IN_UNIT - 1) / Units::IN_UNIT - k;
 #pragma GCC unroll 16
     for (int i = 0; i < Vec::W; ++i)
-        if (i < units) store(strip + (k + i) * WIDTH, square[i]);
+        if (WHOLE || i < units) store(strip + (k + i) * WIDTH, square[i]);
+}
+
+// Asks memory for what is packed a few squares later: in the same rows, or in those of the next strip.
+template <class Units>
+FINF_INLINE void fetch_ahead(const typename Units::Number* W, int64_t stride, int64_t n, int64_t k, int64_t units) {
+    constexpr int64_t AHEAD = 4 * Vec::W;
+    if (k + AHEAD >= units) {
+        W += WIDTH * stride;
+        n -= WIDTH;
+        k -= units;
+    }
+    for (int i = 0; i < Vec::W && i < n; ++i) __builtin_prefetch(W + i * stride + (k + AHEAD) * Units::IN_UNIT);
 }
 
 template <class Units>
@@ -76,9 +92,15 @@ void pack_panel(const void* W, int64_t stride, int64_t n, int64_t D, const float
     const int64_t units = (D + Units::IN_UNIT - 1) / Units::IN_UNIT;
     for (int64_t column = 0; column < n; column += WIDTH)
         for (int64_t k = 0; k < units; k += Vec::W)
-            for (int64_t j = 0; j < WIDTH; j += Vec::W)
-                pack_square<Units>(from + (column + j) * stride, stride, n - column - j, k, D, centre,
-                                   panel + column * units + j);
+            for (int64_t j = column; j < column + WIDTH; j += Vec::W) {
+                fetch_ahead<Units>(from + j * stride, stride, n - j, k, units);
+                float* strip = panel + column * units + (j - column);
+                if (n - j >= Vec::W && D - k * Units::IN_UNIT >= Vec::W * Units::IN_UNIT) {
+                    pack_square<Units, true>(from + j * stride, stride, n - j, k, D, centre, strip);
+                } else {
+                    pack_square<Units, false>(from + j * stride, stride, n - j, k, D, centre, strip);
+                }
+            }
 }
 
 template <class T>
@@ -91,20 +113,12 @@ void stage_row(const void* x, const void* dx, int64_t D, float* row) {
 }
 
 #ifdef FINF_PAIRS
-// The nearest bfloat16, ties to even; a NaN to a NaN.
-FINF_INLINE uint16_t nearest_bf16(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return static_cast<uint16_t>((x != x ? bits | 1u << 22 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 void stage_pairs(const void* x, const void* dx, int64_t D, float* row) {
     Bf16* to = reinterpret_cast<Bf16*>(row);
     for (int64_t k = 0; k < D; k += Vec::W) {
-        alignas(64) float sums[Vec::W];
-        stage_row<Bf16>(static_cast<const Bf16*>(x) + k, dx ? static_cast<const Bf16*>(dx) + k : nullptr,
-                        D - k < Vec::W ? D - k : Vec::W, sums);
-        for (int i = 0; i < Vec::W; ++i) to[k + i].bits = nearest_bf16(sums[i]);
+        Vec sums = Single<Bf16>::units(static_cast<const Bf16*>(x), k, D);
+        if (dx) sums = sums + Single<Bf16>::units(static_cast<const Bf16*>(dx), k, D);
+        store_nearest(to + k, sums);
     }
 }
 #endif
