@@ -13,6 +13,9 @@
 #include "cpu/isa/kernels.h"
 #include "cpu/layer_norm_delta.h"
 #include "cpu/rms_norm_delta.h"
+#include "cpu/fma_peak.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/linear_cross_entropy_delta.h"
 #include "cpu/segment_sum.h"
 #include "cpu/squared_error_delta.h"
 #include "cpu/topk_merge.h"
@@ -35,6 +38,48 @@ void cross_entropy_delta(uintptr_t z, int z_dtype, int64_t z_stride, uintptr_t d
                                memory<void>(dz), finf::require_float_or_bf16("dz_dtype", dz_dtype), dz_stride_q,
                                dz_stride_n, memory<int64_t>(target), memory<float>(base), memory<float>(delta),
                                delta_stride_q, N, V, Q, ignore_index, label_smoothing, threads});
+}
+
+void linear_cross_entropy_delta(int dtype, uintptr_t x, int64_t x_stride, uintptr_t dx, int64_t dx_stride_q,
+                                int64_t dx_stride_n, uintptr_t W, int64_t W_stride, uintptr_t target, uintptr_t bias,
+                                uintptr_t db, int64_t db_stride_q, uintptr_t dW, int dW_dtype, int64_t dW_stride_q,
+                                int64_t dW_stride_v, uintptr_t U, int U_dtype, int64_t U_stride_q, int64_t U_stride_v,
+                                uintptr_t R, int64_t r, uintptr_t base, uintptr_t delta, int64_t delta_stride_q,
+                                int64_t N, int64_t D, int64_t V, int64_t Q, double softcap, int64_t ignore_index,
+                                double label_smoothing, int64_t threads) {
+    finf::linear_cross_entropy_delta({finf::require_float_or_bf16("dtype", dtype),
+                                      memory<void>(x),
+                                      x_stride,
+                                      memory<void>(dx),
+                                      dx_stride_q,
+                                      dx_stride_n,
+                                      memory<void>(W),
+                                      W_stride,
+                                      memory<int64_t>(target),
+                                      memory<float>(bias),
+                                      memory<float>(db),
+                                      db_stride_q,
+                                      memory<void>(dW),
+                                      finf::require_float_or_bf16("dW_dtype", dW_dtype),
+                                      dW_stride_q,
+                                      dW_stride_v,
+                                      memory<void>(U),
+                                      finf::require_float_or_bf16("U_dtype", U_dtype),
+                                      U_stride_q,
+                                      U_stride_v,
+                                      memory<float>(R),
+                                      r,
+                                      memory<float>(base),
+                                      memory<float>(delta),
+                                      delta_stride_q,
+                                      N,
+                                      D,
+                                      V,
+                                      Q,
+                                      softcap,
+                                      ignore_index,
+                                      label_smoothing,
+                                      threads});
 }
 
 void segment_sum(uintptr_t values, int values_dtype, int64_t values_stride_q, uintptr_t offsets, uintptr_t out,
@@ -210,6 +255,15 @@ PYBIND11_MODULE(_C, module) {
                "mask_stride_b"_a, "mask_stride_h"_a, "mask_stride_t"_a, "mask_stride_s"_a, "out"_a, "B"_a, "H"_a, "G"_a,
                "T"_a, "S"_a, "E"_a, "F"_a, "Q"_a, "causal"_a, "scale"_a, "softcap"_a, "threads"_a,
                "q (1+Q,B,H,T,E), k (1+Q,B,G,S,E), v (1+Q,B,G,S,F) -> out (1+Q,B,H,T,F). dtype: 0 float32, 1 bfloat16.");
+    module.def("linear_cross_entropy_delta", linear_cross_entropy_delta, unlocked, "dtype"_a, "x"_a, "x_stride"_a,
+               "dx"_a, "dx_stride_q"_a, "dx_stride_n"_a, "W"_a, "W_stride"_a, "target"_a, "bias"_a, "db"_a,
+               "db_stride_q"_a, "dW"_a, "dW_dtype"_a, "dW_stride_q"_a, "dW_stride_v"_a, "U"_a, "U_dtype"_a,
+               "U_stride_q"_a, "U_stride_v"_a, "R"_a, "r"_a, "base"_a, "delta"_a, "delta_stride_q"_a, "N"_a, "D"_a,
+               "V"_a, "Q"_a, "softcap"_a, "ignore_index"_a, "label_smoothing"_a, "threads"_a,
+               "x (N,D), dx (Q,N,D), W (V,D), target (N) int64, bias (V), db (Q,V), dW (Q,V,D) or U (Q,V,r) and "
+               "R (Q,r,D) -> base (N), delta (Q,N) float32. Address 0: not given. dtype: 0 float32, 1 bfloat16.");
+    module.def("fma_peak", finf::fma_peak, unlocked, "kind"_a,
+               "GFLOP/s that one thread multiplies and adds in registers; kind: fp32 or bf16.");
     module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
                "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
                "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");

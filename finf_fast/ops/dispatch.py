@@ -51,7 +51,7 @@ TABLE: dict[str, dict[str, Face]] = {
     "attention_delta": {"cpp": _SHORT, "reference": _ANY},
     "group_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "reference": _ANY},
-    "linear_cross_entropy_delta": {"reference": _ANY},
+    "linear_cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
     "linear_delta": {"reference": _ANY},
     "rms_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "segment_sum": {"cpp": Face(("cpu",), (torch.float32, torch.float64)), "reference": _ANY},

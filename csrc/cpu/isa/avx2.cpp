@@ -22,10 +22,13 @@ namespace {
 using finf::ActivationRows;
 using finf::Bf16;
 using finf::Change;
+using finf::ChangeSums;
+using finf::HeadRow;
 using finf::NormRows;
 using finf::NormScratch;
 using finf::NormValue;
 using finf::Row;
+using finf::RowSums;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
@@ -78,6 +81,8 @@ FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 FINF_INLINE bool all_at_most(Vec a, float bound) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(bound), _CMP_LE_OQ)) == 0xff;
 }
+// The size of a with the sign of b.
+FINF_INLINE Vec copy_sign(Vec a, Vec b) { return _mm256_or_ps(abs(a).v, _mm256_and_ps(_mm256_set1_ps(-0.0f), b.v)); }
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays: the comparison is "not less than".
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -112,10 +117,21 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
     for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
 }
 
+// a0 b0 a1 b1 ...: the lower halves of a and b, and the upper halves.
+FINF_INLINE Vec zip_low(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20);
+}
+FINF_INLINE Vec zip_high(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31);
+}
+
 #include "../tiles/activation_delta.inl.h"
-#include "../tiles/cross_entropy_delta.inl.h"
-#include "../tiles/normalize.inl.h"
 #include "../tiles/attention_delta.inl.h"
+#include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/fma_peak.inl.h"
+#include "../tiles/gemm_panel.inl.h"
+#include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/normalize.inl.h"
 #include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
@@ -127,7 +143,9 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA};
+const Kernels AVX2 = {
+    "avx2",  CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
+    nullptr, flops_of_fma};
 }
 
 #endif

@@ -11,10 +11,13 @@ namespace {
 using finf::ActivationRows;
 using finf::Bf16;
 using finf::Change;
+using finf::ChangeSums;
+using finf::HeadRow;
 using finf::NormRows;
 using finf::NormScratch;
 using finf::NormValue;
 using finf::Row;
+using finf::RowSums;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
@@ -70,6 +73,8 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
     const I4 in = a.v <= bound;
     return (in[0] & in[1] & in[2] & in[3]) != 0;
 }
+// The size of a with the sign of b.
+FINF_INLINE Vec copy_sign(Vec a, Vec b) { return (F4)(((I4)a.v & 0x7fffffff) | ((I4)b.v & ~0x7fffffff)); }
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays, since a comparison with it is false.
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -98,14 +103,23 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
     for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
 }
 
+// a0 b0 a1 b1: the lower halves of a and b, and the upper halves.
+FINF_INLINE Vec zip_low(Vec a, Vec b) { return F4{a.v[0], b.v[0], a.v[1], b.v[1]}; }
+FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3]}; }
+
 #include "../tiles/activation_delta.inl.h"
-#include "../tiles/cross_entropy_delta.inl.h"
-#include "../tiles/normalize.inl.h"
 #include "../tiles/attention_delta.inl.h"
+#include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/fma_peak.inl.h"
+#include "../tiles/gemm_panel.inl.h"
+#include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/normalize.inl.h"
 #include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA};
+const Kernels BASELINE = {
+    "baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
+    nullptr,    flops_of_fma};
 }
