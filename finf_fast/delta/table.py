@@ -81,22 +81,7 @@ def rule(*names: Any) -> Callable[[Rule], Rule]:
 
 
 # Functions that pick numbers out of others, which may be another one for every query.
-CHOOSING = {
-    *[
-        "topk",
-        "sort",
-        "max",
-        "min",
-        "amax",
-        "amin",
-        "kthvalue",
-        "median",
-        "cummax",
-        "cummin",
-        "gather",
-        "take_along_dim",
-    ]
-}
+CHOOSING = {"topk", "sort", "max", "min", "amax", "amin", "kthvalue", "median", "cummax", "cummin", "gather"}
 
 _otherwise: list[Rule] = []
 
