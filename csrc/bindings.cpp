@@ -9,6 +9,7 @@
 #include "cpu/group_norm_delta.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/layer_norm_delta.h"
+#include "cpu/noise.h"
 #include "cpu/rms_norm_delta.h"
 #include "cpu/segment_sum.h"
 #include "cpu/squared_error_delta.h"
@@ -32,6 +33,10 @@ void cross_entropy_delta(uintptr_t z, int z_dtype, int64_t z_stride, uintptr_t d
                                memory<void>(dz), finf::require_float_or_bf16("dz_dtype", dz_dtype), dz_stride_q,
                                dz_stride_n, memory<int64_t>(target), memory<float>(base), memory<float>(delta),
                                delta_stride_q, N, V, Q, ignore_index, label_smoothing, threads});
+}
+
+void noise(uint64_t seed, uintptr_t samples, uint32_t draw, uintptr_t out, int64_t S, int64_t M, int64_t threads) {
+    finf::noise({seed, memory<int64_t>(samples), draw, memory<float>(out), S, M, threads});
 }
 
 void segment_sum(uintptr_t values, int values_dtype, int64_t values_stride_q, uintptr_t offsets, uintptr_t out,
@@ -166,6 +171,8 @@ PYBIND11_MODULE(_C, module) {
                "x_moves"_a, "weight"_a, "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "N"_a, "D"_a, "Q"_a, "groups"_a,
                "run"_a, "eps"_a, "threads"_a,
                "x (1+Q,N,D) or (1,N,D), a row one group; a parameter for every `run` numbers of it -> y (1+Q,N,D).");
+    module.def("noise", noise, unlocked, "seed"_a, "samples"_a, "draw"_a, "out"_a, "S"_a, "M"_a, "threads"_a,
+               "samples (S) int64 -> out (S,M) float32, standard normal.");
     module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
                "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
                "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");

@@ -1,4 +1,5 @@
 // AVX2 and FMA: eight lanes.
+#include "../../philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -67,6 +68,7 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+FINF_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
@@ -114,6 +116,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/squared_error_delta.inl.h"
 
@@ -126,7 +129,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA};
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, noise_row};
 }
 
 #endif

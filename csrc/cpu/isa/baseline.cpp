@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../philox.h"
 #include "kernels.h"
 
 namespace {
@@ -60,6 +61,10 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+FINF_INLINE Vec sqrt(Vec a) {
+    for (int lane = 0; lane < Vec::W; ++lane) a.v[lane] = std::sqrt(a.v[lane]);
+    return a;
+}
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FINF_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
@@ -100,11 +105,12 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA};
+const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, noise_row};
 }

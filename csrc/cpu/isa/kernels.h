@@ -110,6 +110,8 @@ struct Kernels {
     // [function][type]: numbers [begin, end) of every row, begin being a whole number of vectors.
     void (*const (*activate)[2])(const ActivationRows&, int64_t begin, int64_t end);
     const SquaredErrorLoops* squared_error_delta;
+    // `count` normal numbers of a sample and draw, from position 4 `block` on.
+    void (*noise_row)(uint64_t seed, uint64_t sample, uint32_t draw, int64_t block, int64_t count, float* out);
 };
 
 extern const Kernels BASELINE;
