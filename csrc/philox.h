@@ -51,16 +51,24 @@ struct Scaled {
     float unit;
 };
 
+// m without its upper `step` bits where those are zero, and z the number of bits so lost; no loop around it, which
+// would keep a loop around all this from becoming vectors.
+FINF_SMALL void shift_out(uint32_t& m, uint32_t& z, uint32_t step) {
+    const bool zeros = m >> (32 - step) == 0;
+    m = zeros ? m << step : m;
+    z += zeros ? step : 0;
+}
+
 // -ln U for U = (word | 1) / 2^32, whose values are the middles of 2^31 equal parts of (0, 1). With U = 2^-z (1 - s),
 // 0 < s <= 1/2, it is z ln 2 + s P(s); P fitted for the least relative error (Lawson's iteration, 3.5e-9), in units of
 // 2^-29. In units of 2^-31 where z = 0, else of 2^-26: the largest is 22.2.
 FINF_SMALL Scaled minus_log(uint32_t word) {
     uint32_t m = word | 1u, z = 0;
-    for (uint32_t step = 16; step > 0; step >>= 1) {
-        const bool zeros = m >> (32 - step) == 0;
-        m = zeros ? m << step : m;
-        z += zeros ? step : 0;
-    }
+    shift_out(m, z, 16);
+    shift_out(m, z, 8);
+    shift_out(m, z, 4);
+    shift_out(m, z, 2);
+    shift_out(m, z, 1);
     const uint32_t s = 0u - m;  // in units of 2^-32
     const int32_t x = static_cast<int32_t>(s > 0x7fffffffu ? 0x7fffffffu : s);
     int32_t p = 953278044;

