@@ -12,6 +12,7 @@
 #include "cpu/group_norm_delta.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/layer_norm_delta.h"
+#include "cpu/noise.h"
 #include "cpu/rms_norm_delta.h"
 #include "cpu/fma_peak.h"
 #include "cpu/isa/kernels.h"
@@ -80,6 +81,10 @@ void linear_cross_entropy_delta(int dtype, uintptr_t x, int64_t x_stride, uintpt
                                       ignore_index,
                                       label_smoothing,
                                       threads});
+}
+
+void noise(uint64_t seed, uintptr_t samples, uint32_t draw, uintptr_t out, int64_t S, int64_t M, int64_t threads) {
+    finf::noise({seed, memory<int64_t>(samples), draw, memory<float>(out), S, M, threads});
 }
 
 void segment_sum(uintptr_t values, int values_dtype, int64_t values_stride_q, uintptr_t offsets, uintptr_t out,
@@ -264,6 +269,8 @@ PYBIND11_MODULE(_C, module) {
                "R (Q,r,D) -> base (N), delta (Q,N) float32. Address 0: not given. dtype: 0 float32, 1 bfloat16.");
     module.def("fma_peak", finf::fma_peak, unlocked, "kind"_a,
                "GFLOP/s that one thread multiplies and adds in registers; kind: fp32 or bf16.");
+    module.def("noise", noise, unlocked, "seed"_a, "samples"_a, "draw"_a, "out"_a, "S"_a, "M"_a, "threads"_a,
+               "samples (S) int64 -> out (S,M) float32, standard normal.");
     module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
                "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
                "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");

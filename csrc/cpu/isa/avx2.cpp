@@ -1,4 +1,5 @@
 // AVX2 and FMA: eight lanes.
+#include "../../philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -70,6 +71,7 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+FINF_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
@@ -131,6 +133,7 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) {
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/squared_error_delta.inl.h"
 
@@ -145,7 +148,7 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) {
 namespace finf {
 const Kernels AVX2 = {
     "avx2",  CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr, flops_of_fma};
+    nullptr, flops_of_fma,        noise_row};
 }
 
 #endif

@@ -1,4 +1,5 @@
 // AVX-512 (F, BW, VL): sixteen lanes, masked loads, and an instruction for p 2^n.
+#include "../../philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -80,6 +81,7 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+FINF_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
@@ -130,6 +132,7 @@ FINF_INLINE void store_nearest(Bf16* p, Vec a) {
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/squared_error_delta.inl.h"
 
@@ -144,10 +147,10 @@ FINF_INLINE void store_nearest(Bf16* p, Vec a) {
 namespace finf {
 const Kernels AVX512 = {
     "avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr,  flops_of_fma};
+    nullptr,  flops_of_fma,        noise_row};
 const Kernels AVX512_BF16 = {"avx512_bf16",        CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
                              &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
-                             &PAIR_PANELS,         flops_of_fma};
+                             &PAIR_PANELS,         flops_of_fma,        noise_row};
 }  // namespace finf
 
 #endif

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../philox.h"
 #include "kernels.h"
 
 namespace {
@@ -63,6 +64,10 @@ FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
 FINF_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+FINF_INLINE Vec sqrt(Vec a) {
+    for (int lane = 0; lane < Vec::W; ++lane) a.v[lane] = std::sqrt(a.v[lane]);
+    return a;
+}
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FINF_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
@@ -113,6 +118,7 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
 #include "../tiles/normalize.inl.h"
 #include "../tiles/squared_error_delta.inl.h"
 
@@ -121,5 +127,5 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3
 namespace finf {
 const Kernels BASELINE = {
     "baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr,    flops_of_fma};
+    nullptr,    flops_of_fma,        noise_row};
 }

@@ -199,6 +199,8 @@ struct Kernels {
     const PanelLoops* panels;                            // of float32 units
     const PanelLoops* pairs;                             // of bfloat16 units, or null
     double (*flops_of_fma)(bool pairs, int64_t rounds);  // multiplies and adds in registers; how many there were
+    // `count` normal numbers of a sample and draw, from position 4 `block` on.
+    void (*noise_row)(uint64_t seed, uint64_t sample, uint32_t draw, int64_t block, int64_t count, float* out);
 };
 
 extern const Kernels BASELINE;
