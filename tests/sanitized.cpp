@@ -9,6 +9,7 @@
 
 #include "../csrc/cpu/cross_entropy_delta.h"
 #include "../csrc/cpu/isa/kernels.h"
+#include "../csrc/cpu/linear_cross_entropy_delta.h"
 #include "../csrc/cpu/segment_sum.h"
 #include "../csrc/cpu/topk_merge.h"
 
@@ -55,7 +56,48 @@ void sum_and_rank(const std::vector<float>& delta, int64_t N, int64_t Q, std::mt
     }
 }
 
+// A head with every kind of change, or with a soft cap and a change of its bias alone.
+template <class T>
+void heads(int64_t N, int64_t D, int64_t V, int64_t Q, float step, bool capped, finf::DType dtype, std::mt19937& draw) {
+    const int64_t r = 3;
+    const std::vector<T> x = normal<T>(N * D, 1, draw), W = normal<T>(V * D, 1, draw);
+    const std::vector<T> dx = normal<T>(Q * N * D, step, draw), dW = normal<T>(Q * V * D, step, draw);
+    const std::vector<T> U = normal<T>(Q * V * r, step, draw);
+    const std::vector<float> R = normal<float>(Q * r * D, 1, draw), bias = normal<float>(V, 1, draw);
+    const std::vector<float> db = normal<float>(Q * V, step, draw);
+    std::vector<int64_t> target(N);
+    for (int64_t& t : target) t = draw() % 5 ? static_cast<int64_t>(draw() % V) : -100;
+    std::vector<float> base(N), delta(Q * N);
+    finf::LinearCrossEntropyDelta op = {};
+    op.dtype = op.dW_dtype = op.U_dtype = dtype;
+    op.x = x.data(), op.x_stride = D, op.W = W.data(), op.W_stride = D, op.target = target.data();
+    op.bias = bias.data(), op.db = db.data(), op.db_stride_q = V;
+    if (!capped) {
+        op.dx = dx.data(), op.dx_stride_q = N * D, op.dx_stride_n = D;
+        op.dW = dW.data(), op.dW_stride_q = V * D, op.dW_stride_v = D;
+        op.U = U.data(), op.U_stride_q = V * r, op.U_stride_v = r, op.R = R.data(), op.r = r;
+    }
+    op.base = base.data(), op.delta = delta.data(), op.delta_stride_q = N;
+    op.N = N, op.D = D, op.V = V, op.Q = Q, op.ignore_index = -100, op.threads = THREADS;
+    op.softcap = capped ? 20.0 : 0.0, op.label_smoothing = capped ? 0.1 : 0.0;
+    finf::linear_cross_entropy_delta(op);
+}
+
+void every_head() {
+    std::mt19937 draw(1);
+    for (int64_t D : {1, 16, 33})
+        for (int64_t V : {1, 13, 48, 97, 400, 4100})
+            for (int64_t N : {1, 23})
+                for (int64_t Q : {0, 1, 2})
+                    for (float step : {1e-3f, 10.0f})
+                        for (bool capped : {false, true}) {
+                            heads<float>(N, D, V, Q, step, capped, finf::DType::f32, draw);
+                            heads<finf::Bf16>(N, D, V, Q, step, capped, finf::DType::bf16, draw);
+                        }
+}
+
 void everything() {
+    every_head();
     std::mt19937 draw(0);
     for (int64_t V : {1, 2, 15, 16, 17, 63, 64, 65, 100, 2047, 2048, 2049, 4100})
         for (int64_t N : {1, 3, 70})
