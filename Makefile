@@ -58,7 +58,9 @@ sanitize: $(VENV)/.installed
 	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
 	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider $(addprefix $(CURDIR)/,$(OP_TESTS))
 
-OP_TESTS := tests/test_cross_entropy_delta.py tests/test_segment_sum.py tests/test_topk_merge.py tests/test_tolerance.py
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta \
+  layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
+  topk_merge))
 
 bench: $(VENV)/.installed
 	for script in bench/bench_*.py; do $(BIN)/python $$script --save || exit 1; done
