@@ -3,14 +3,22 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/activation_delta.h"
+#include "../csrc/cpu/attention_delta.h"
 #include "../csrc/cpu/cross_entropy_delta.h"
+#include "../csrc/cpu/group_norm_delta.h"
 #include "../csrc/cpu/isa/kernels.h"
 #include "../csrc/cpu/linear_cross_entropy_delta.h"
+#include "../csrc/cpu/layer_norm_delta.h"
+#include "../csrc/cpu/noise.h"
+#include "../csrc/cpu/rms_norm_delta.h"
 #include "../csrc/cpu/segment_sum.h"
+#include "../csrc/cpu/squared_error_delta.h"
 #include "../csrc/cpu/topk_merge.h"
 
 namespace {
@@ -96,9 +104,125 @@ void every_head() {
                         }
 }
 
+// Norms with every parameter and with none, with and without a residual; N rows of D numbers, `run` to a parameter.
+template <class T>
+void norms(int64_t N, int64_t D, int64_t Q, int64_t run, finf::DType dtype, std::mt19937& draw) {
+    const std::vector<T> x = normal<T>((1 + Q) * N * D, 1, draw), residual = normal<T>(N * D, 1, draw);
+    const std::vector<float> weight = normal<float>(D / run, 1, draw), change = normal<float>(Q * D / run, 1, draw);
+    std::vector<T> y((1 + Q) * N * D), sum((1 + Q) * N * D);
+    finf::NormRows rows = {};
+    rows.x = x.data();
+    rows.x_stride_q = N * D;
+    rows.x_stride_n = rows.residual_stride_n = D;
+    rows.x_moves = Q > 0;
+    rows.y = y.data();
+    rows.N = N;
+    rows.D = D;
+    rows.Q = Q;
+    rows.groups = 1;
+    rows.run = run;
+    rows.eps = 1e-5;
+    finf::group_norm_delta(rows, dtype, THREADS);
+    finf::rms_norm_delta(rows, dtype, THREADS);
+    rows.weight = rows.bias = weight.data();
+    rows.dweight = rows.dbias = Q > 0 ? change.data() : nullptr;
+    finf::group_norm_delta(rows, dtype, THREADS);
+    if (run > 1) return;
+    rows.residual = residual.data();
+    rows.sum = sum.data();
+    finf::layer_norm_delta(rows, dtype, THREADS);
+}
+
+template <class T>
+void activations(int64_t M, int64_t Q, float step, finf::DType dtype, std::mt19937& draw) {
+    const std::vector<T> x = normal<T>((1 + Q) * M, step, draw), gate = normal<T>(M, 1, draw);
+    std::vector<T> y((1 + Q) * M);
+    for (const char* kind : finf::ACTIVATIONS) {
+        finf::activation_delta(kind, {x.data(), M, Q > 0, nullptr, 0, false, y.data(), M, Q, false}, dtype, THREADS);
+        finf::activation_delta(kind, {x.data(), M, Q > 0, gate.data(), 0, false, y.data(), M, Q, false}, dtype,
+                               THREADS);
+    }
+}
+
+template <class P, class Y>
+void errors(int64_t N, int64_t D, int64_t Q, finf::DType p_dtype, finf::DType y_dtype, std::mt19937& draw) {
+    const std::vector<P> p = normal<P>(N * D, 1, draw), dp = normal<P>(Q * N * D, 1, draw);
+    const std::vector<Y> y = normal<Y>(N * D, 1, draw);
+    std::vector<float> base(N), delta(Q * N);
+    finf::squared_error_delta({{p.data(), p_dtype, 0, D},
+                               {dp.data(), p_dtype, N * D, D},
+                               {y.data(), y_dtype, 0, D},
+                               base.data(),
+                               delta.data(),
+                               N,
+                               N,
+                               D,
+                               Q,
+                               THREADS});
+}
+
+template <class T>
+void row_operations(finf::DType dtype, std::mt19937& draw) {
+    for (int64_t D : {1, 3, 15, 16, 17, 64, 65, 1025, 2051})
+        for (int64_t Q : {0, 2}) {
+            for (int64_t run : {int64_t{1}, D}) norms<T>(70, D, Q, run, dtype, draw);
+            for (float step : {1e-3f, 10.0f}) activations<T>(D, Q, step, dtype, draw);
+            errors<T, float>(5, D, Q, dtype, finf::DType::f32, draw);
+            errors<T, finf::Bf16>(5, D, Q, dtype, finf::DType::bf16, draw);
+        }
+    activations<T>(140000, 1, 0.1f, dtype, draw);
+}
+
+void noises() {
+    const std::vector<int64_t> samples = {0, -1, int64_t{1} << 40};
+    for (int64_t M : {0, 1, 5, 255, 257, 40001}) {
+        std::vector<float> out(3 * M);
+        finf::noise({~uint64_t{0}, samples.data(), 0xffffffffu, out.data(), 3, M, THREADS});
+    }
+}
+
+// Heads with and without a mask and a cap; a leap of 50 in some scores takes the way of large changes.
+template <class T>
+void attention(int64_t rows, int64_t keys, int64_t E, int64_t F, int64_t Q, finf::DType dtype, std::mt19937& draw) {
+    const int64_t B = 2, H = 2;
+    const std::vector<T> q = normal<T>((1 + Q) * B * H * rows * E, 2, draw),
+                         k = normal<T>((1 + Q) * B * keys * E, 2, draw);
+    const std::vector<T> v = normal<T>((1 + Q) * B * keys * F, 1, draw);
+    const std::vector<float> added = normal<float>(rows * keys, 1, draw);
+    std::vector<T> out((1 + Q) * B * H * rows * F);
+    const std::unique_ptr<bool[]> seen(new bool[keys]);
+    for (int64_t s = 0; s < keys; ++s) seen[s] = s % 3 != 1;
+    finf::AttentionDelta op = {};
+    op.q = {q.data(), B * H * rows * E, H * rows * E, rows * E, E, Q > 0};
+    op.k = {k.data(), B * keys * E, keys * E, keys * E, E, Q > 0};
+    op.v = {v.data(), B * keys * F, keys * F, keys * F, F, Q > 0};
+    op.dtype = dtype;
+    op.out = out.data();
+    op.B = B, op.H = H, op.G = 1, op.T = rows, op.S = keys, op.E = E, op.F = F, op.Q = Q;
+    op.scale = 1.0, op.threads = THREADS;
+    finf::attention_delta(op);
+    op.causal = true, op.added = added.data(), op.mask_stride_t = keys, op.mask_stride_s = 1;
+    finf::attention_delta(op);
+    op.causal = false, op.added = nullptr, op.seen = seen.get(), op.mask_stride_t = 0, op.softcap = 5.0;
+    finf::attention_delta(op);
+}
+
+template <class T>
+void attentions(finf::DType dtype, std::mt19937& draw) {
+    for (int64_t rows : {1, 47, 49})
+        for (int64_t keys : {1, 63, 65, 130})
+            for (int64_t Q : {0, 2}) attention<T>(rows, keys, 5, 9, Q, dtype, draw);
+    attention<T>(3, 1030, 16, 8, 1, dtype, draw);
+}
+
 void everything() {
     every_head();
     std::mt19937 draw(0);
+    attentions<float>(finf::DType::f32, draw);
+    attentions<finf::Bf16>(finf::DType::bf16, draw);
+    row_operations<float>(finf::DType::f32, draw);
+    row_operations<finf::Bf16>(finf::DType::bf16, draw);
+    noises();
     for (int64_t V : {1, 2, 15, 16, 17, 63, 64, 65, 100, 2047, 2048, 2049, 4100})
         for (int64_t N : {1, 3, 70})
             for (int64_t Q : {0, 1, 3})
