@@ -347,6 +347,23 @@ def test_layouts(dtype):
     check(replace(head, x=turned(head.x), dx=turned(head.dx), W=turned(head.W), dW=turned(head.dW)))
 
 
+def test_a_change_that_lies_where_the_weight_does():
+    """dW = W doubles the layer: their panels are not the same, the weight's is freed of what its rows share."""
+    head = make_head(step=0.1)
+    check(replace(head, dW=head.W.expand(2, -1, -1)), bound=2 * BOUNDS[torch.float32])
+
+
+def test_shared_rows(dtype):
+    head = make_head("input", dtype=dtype)
+    check(replace(head, x=head.x[:1].expand(8, -1), dx=head.dx[:1, :1].expand(2, 8, -1)))
+
+
+def test_no_depth(dtype):
+    """D = 0: the bias is all there is."""
+    head = make_head("bias", step=1e-3, dtype=dtype)
+    check(replace(head, x=head.x[:, :0], W=head.W[:, :0]))
+
+
 def test_out_form_writes_into_views(dtype):
     head = make_head("input and low rank", dtype=dtype)
     base, delta = head.run()

@@ -12,6 +12,7 @@
 
 #include "../numerics.h"
 #include "isa/kernels.h"
+#include "linear_cross_entropy_delta.head.h"
 #include "panel_product.h"
 #include "parallel.h"
 #include "targets.h"
@@ -23,164 +24,45 @@ namespace {
 constexpr int64_t PANEL_BYTES = 512 << 10;
 // Past this a wider panel saves nothing, and the rows of logits it gives no longer fit the first-level cache.
 constexpr int64_t MOST_COLUMNS = 384;
-// Rows, of values and of changes, that share a packed panel: packing it then costs a hundredth of multiplying. Fewer
-// where they are long: they are read once a panel, from a third-level cache that others use too.
-constexpr int64_t BLOCK_ROWS = 2048, BLOCK_BYTES = 8 << 20;
 // Pieces of work, for a few to each thread of a large machine; none with fewer columns than are worth a start.
 constexpr int64_t TASKS = 64, LEAST_COLUMNS = 2048;
-// Rows whose sums are finished, or whose targets are looked up, at once.
-constexpr int64_t FEW_ROWS = 32;
-// Rows of W whose median stands for what all have in common: within an eighth of their spread, and that is enough.
-constexpr int64_t SAMPLED = 129;
 
-// The median of some rows of W, column by column.
-std::vector<float> common_row(const Matrix& W, int64_t V, int64_t D) {
-    const int64_t step = ceil_div(V, SAMPLED), count = ceil_div(V, step);
-    std::vector<float> sample(static_cast<size_t>(D * count)), centre(static_cast<size_t>(D));
-    for (int64_t i = 0; i < count; ++i) {
-        std::vector<double> row(static_cast<size_t>(D));
-        W.add_row(0, i * step, row);
-        for (int64_t k = 0; k < D; ++k) sample[k * count + i] = static_cast<float>(row[k]);
-    }
-    for (int64_t k = 0; k < D; ++k) {
-        float *begin = sample.data() + k * count, *middle = begin + (count - 1) / 2;
-        std::nth_element(begin, middle, begin + count, [](float a, float b) { return a < b || (b != b && a == a); });
-        centre[k] = *middle;
-    }
-    return centre;
+// Columns of a panel: what fits the caches, in whole strips.
+int64_t panel_columns(const Head& head) {
+    const int64_t width = head.value.loops->width, all = ceil_div(head.op.V, width) * width;
+    const int64_t fitting = PANEL_BYTES / static_cast<int64_t>(sizeof(float)) / head.units();
+    return std::max(width, std::min({MOST_COLUMNS, all, fitting}) / width * width);
 }
-
-// The layer, taken apart into products, and the rows that count.
-class Head {
-  public:
-    explicit Head(const LinearCrossEntropyDelta& op) : op(op), loops(*kernels().head) {
-        for (int64_t n = 0; n < op.N; ++n)
-            if (op.target[n] != op.ignore_index) kept.push_back(n);
-        const Matrix x = {op.x, op.dtype, 0, op.x_stride}, W = {op.W, op.dtype, 0, op.W_stride};
-        const Matrix dx = {op.dx, op.dtype, op.dx_stride_q, op.dx_stride_n};
-        value = product(x, {}, W, op.D);
-        // A shift of all logits is not felt, so W is freed of what its rows have in common: logits that stand near -100
-        // or change together then cost no digits. A soft cap does feel a shift; and of pairs nothing can be taken.
-        if (op.softcap == 0 && value.loops->in_unit == 1 && !kept.empty()) centre_ = common_row(W, op.V, op.D);
-        value.centre = centre_.empty() ? nullptr : centre_.data();
-        if (op.dx) changes.push_back({dx, {}, W, op.D, value.loops, value.centre});
-        if (op.dW) changes.push_back(product(x, dx, {op.dW, op.dW_dtype, op.dW_stride_q, op.dW_stride_v}, op.D));
-        if (op.U) add_low_rank(product(x, dx, {op.R, DType::f32, op.r * op.D, op.D}, op.D));
-        look_up_targets();
-    }
-
-    const LinearCrossEntropyDelta& op;
-    const HeadLoops& loops;
-    std::vector<int64_t> kept;
-    Product value;
-    std::vector<Product> changes;
-    std::vector<double> z_t;  // (N)
-    std::vector<float> d_t;   // (Q, N)
-
-    // Whether a product shares the panel of `value`.
-    bool shares_panel(const Product& change) const { return change.W.first == value.W.first; }
-
-    // Whether panels are packed for each query; then many rows pass by each, and their logits have to be kept.
-    bool packs_by_query() const {
-        return op.Q > 1 && std::any_of(changes.begin(), changes.end(), [&](auto& one) { return !shares_panel(one); });
-    }
-
-    int64_t rows_in_cache() const {
-        const int64_t bytes = std::max<int64_t>(1, op.D * (op.dtype == DType::bf16 ? 2 : 4));
-        return std::min(BLOCK_ROWS, BLOCK_BYTES / bytes);
-    }
-
-    int64_t units() const {
-        int64_t total = value.units();
-        for (const Product& change : changes) total += shares_panel(change) ? 0 : change.units();
-        return std::max<int64_t>(total, 1);
-    }
-
-  private:
-    static Product product(const Matrix& rows, const Matrix& moved, const Matrix& W, int64_t D) {
-        const bool pairs = kernels().pairs && rows.dtype == DType::bf16 && W.dtype == DType::bf16;
-        return {rows, moved, W, D, pairs ? kernels().pairs : kernels().panels, nullptr};
-    }
-
-    // (x + dx_q) R_qᵀ is known before the walk; what is left is r numbers a row.
-    void add_low_rank(const Product& within) {
-        inner_.resize(static_cast<size_t>(op.Q * op.N * op.r));
-        const int64_t count = static_cast<int64_t>(kept.size()), blocks = ceil_div(count, BLOCK_ROWS);
-        parallel_for(op.Q * blocks, op.threads, [&](int64_t task) {
-            const int64_t q = task / std::max<int64_t>(blocks, 1), begin = task % blocks * BLOCK_ROWS;
-            fill_inner(within, q, begin, std::min(begin + BLOCK_ROWS, count));
-        });
-        const Matrix rows = {inner_.data(), DType::f32, op.N * op.r, op.r};
-        changes.push_back(product(rows, {}, {op.U, op.U_dtype, op.U_stride_q, op.U_stride_v}, op.r));
-    }
-
-    void fill_inner(const Product& within, int64_t q, int64_t begin, int64_t end) {
-        const int64_t width = within.loops->width;
-        const Multiplier multiply(within.units());
-        const Buffer panel(width * within.units()), out(GROUP * width);
-        for (int64_t c = 0; c < op.r; c += width) {
-            const int64_t n = std::min(width, op.r - c);
-            within.pack(q, c, c + n, panel.get());
-            for (int64_t i = begin; i < end; i += GROUP) {
-                const int64_t count = std::min(GROUP, end - i);
-                multiply(within, q, &kept[i], count, panel.get(), width, out.get(), width, false);
-                for (int64_t row = 0; row < count; ++row)
-                    std::copy_n(out.get() + row * width, n, &inner_[(q * op.N + kept[i + row]) * op.r + c]);
-            }
-        }
-    }
-
-    void look_up_targets() {
-        z_t.resize(static_cast<size_t>(op.N));
-        d_t.resize(static_cast<size_t>(op.Q * op.N));
-        const int64_t count = static_cast<int64_t>(kept.size());
-        parallel_for(ceil_div(count, FEW_ROWS), op.threads, [&](int64_t task) {
-            for (int64_t i = task * FEW_ROWS; i < std::min(task * FEW_ROWS + FEW_ROWS, count); ++i) look_up(kept[i]);
-        });
-    }
-
-    void look_up(int64_t n) {
-        const int64_t t = op.target[n];
-        const double z = value.at(0, n, t) + (op.bias ? op.bias[t] : 0.0f);
-        z_t[n] = op.softcap > 0 ? softcap(op.softcap, z) : z;
-        for (int64_t q = 0; q < op.Q; ++q) {
-            double d = op.db ? op.db[q * op.db_stride_q + t] : 0.0f;
-            for (const Product& change : changes) d += change.at(q, n, t);
-            d_t[q * op.N + n] = static_cast<float>(op.softcap > 0 ? softcap_change(op.softcap, z, d) : d);
-        }
-    }
-
-    std::vector<float> centre_, inner_;
-};
 
 // What a walk over the vocabulary adds up for `rows`: once for the loss and small changes, again, for rows that have a
 // large one, for the row after it.
 struct Sums {
-    Sums(const Head& head, std::vector<int64_t> which, bool after) : head(head), rows(std::move(which)), after(after) {
-        const LinearCrossEntropyDelta& op = head.op;
-        const int64_t width = head.value.loops->width, most = std::min(MOST_COLUMNS, ceil_div(op.V, width) * width);
-        const int64_t fitting = PANEL_BYTES / static_cast<int64_t>(sizeof(float)) / head.units();
-        columns = std::max(width, std::min(most, fitting) / width * width);
-        count = static_cast<int64_t>(rows.size());
-        block = std::max(GROUP, head.rows_in_cache() / (head.packs_by_query() ? 2 : 1 + op.Q) / GROUP * GROUP);
-        blocks = ceil_div(count, block);
-        panels = ceil_div(op.V, columns);
-        const int64_t parts_wanted = blocks ? ceil_div(TASKS, blocks) : 1;
-        parts = std::max<int64_t>(1, std::min({parts_wanted, op.V / LEAST_COLUMNS, panels}));
-        values.resize(static_cast<size_t>(after ? 0 : parts * count));
-        changes.resize(static_cast<size_t>(after ? 0 : parts * op.Q * count));
-        afters.resize(static_cast<size_t>(after ? parts * op.Q * count : 0), RowSums().rest);
-    }
+    Sums(const Head& head, std::vector<int64_t> which, bool after)
+        : head(head),
+          rows(std::move(which)),
+          after(after),
+          columns(panel_columns(head)),
+          panels(ceil_div(head.op.V, columns)),
+          count(static_cast<int64_t>(rows.size())),
+          block(head.block_rows()),
+          blocks(ceil_div(count, block)),
+          parts(std::max<int64_t>(
+              1, std::min({ceil_div(TASKS, std::max<int64_t>(blocks, 1)), head.op.V / LEAST_COLUMNS, panels}))),
+          values(static_cast<size_t>(after ? 0 : parts * count)),
+          changes(static_cast<size_t>(after ? 0 : parts * head.op.Q * count)),
+          afters(static_cast<size_t>(after ? parts * head.op.Q * count : 0), RowSums().rest) {}
 
     int64_t at(int64_t part, int64_t q, int64_t i) const { return (part * head.op.Q + q) * count + i; }
 
     const Head& head;
     const std::vector<int64_t> rows;
     const bool after;
-    int64_t columns, count, block, blocks, panels, parts;
-    std::vector<RowSums> values;      // (parts, rows)
-    std::vector<ChangeSums> changes;  // (parts, Q, rows)
-    std::vector<ScaledSum> afters;    // (parts, Q, rows)
+    const int64_t columns, panels;       // of a panel; in all
+    const int64_t count, block, blocks;  // rows; of a block; blocks
+    const int64_t parts;                 // of the vocabulary
+    std::vector<RowSums> values;         // (parts, rows)
+    std::vector<ChangeSums> changes;     // (parts, Q, rows)
+    std::vector<ScaledSum> afters;       // (parts, Q, rows)
 };
 
 // One block of rows and one part of the vocabulary.
@@ -202,7 +84,7 @@ class Piece {
           d_(GROUP * sums.columns),
           rescale_(static_cast<size_t>(count_)) {
         for (const Product& change : head_.changes)
-            own_panels_.emplace_back(head_.shares_panel(change) ? 0 : sums.columns * change.units());
+            own_panels_.emplace_back(change.shares_panel ? 0 : sums.columns * change.units());
     }
 
     void walk() {
@@ -246,8 +128,7 @@ class Piece {
 
     void pack_changes(int64_t q) {
         for (size_t p = 0; p < head_.changes.size(); ++p)
-            if (!head_.shares_panel(head_.changes[p]))
-                head_.changes[p].pack(q, start_, start_ + n_, own_panels_[p].get());
+            if (!head_.changes[p].shares_panel) head_.changes[p].pack(q, start_, start_ + n_, own_panels_[p].get());
     }
 
     void form_changes(int64_t q, const float* shift) {
@@ -256,7 +137,7 @@ class Piece {
             if (head_.changes.empty()) std::fill_n(d_.get(), count * sums_.columns, 0.0f);
             for (size_t p = 0; p < head_.changes.size(); ++p) {
                 const Product& change = head_.changes[p];
-                const float* panel = head_.shares_panel(change) ? panel_.get() : own_panels_[p].get();
+                const float* panel = change.shares_panel ? panel_.get() : own_panels_[p].get();
                 multiply_(change, q, row(i), count, panel, padded_, d_.get(), sums_.columns, p > 0);
             }
             for (int64_t j = 0; j < count; ++j) take_changes(q, i + j, d_.get() + j * sums_.columns, shift);
@@ -314,9 +195,9 @@ void walk(Sums& sums) {
 }
 
 // A row's sums, of all parts of the vocabulary in their order, scaled by the largest logit, the target's among them.
-class Row {
+class Total {
   public:
-    Row(const Sums& sums, int64_t i) : sums_(sums), i_(i), z_t(sums.head.z_t[sums.rows[i]]) {
+    Total(const Sums& sums, int64_t i) : z_t(sums.head.z_t[sums.rows[i]]), sums_(sums), i_(i) {
         for (int64_t part = 0; part < sums.parts; ++part) m = std::max<double>(m, of(part).rest.top);
         if (z_t > m) m = z_t;
         for (int64_t part = 0; part < sums.parts; ++part) {
@@ -325,6 +206,8 @@ class Row {
             gaps += of(part).gaps;
         }
     }
+
+    double s() const { return rest + exp(z_t - m); }
 
     ChangeSums change(int64_t q) const {
         ChangeSums total;
@@ -337,18 +220,15 @@ class Row {
         return total;
     }
 
+    const double z_t;
+    double m = RowSums().rest.top, rest = 0, gaps = 0;
+
   private:
     const RowSums& of(int64_t part) const { return sums_.values[part * sums_.count + i_]; }
 
     const Sums& sums_;
     const int64_t i_;
     std::vector<double> scales_;
-
-  public:
-    const double z_t;
-    double m = RowSums().rest.top, rest = 0, gaps = 0;
-
-    double s() const { return rest + exp(z_t - m); }
 };
 
 class Losses {
@@ -380,7 +260,7 @@ class Losses {
 
     // Loss and small changes; returns whether there is a large one, whose place is left as it was.
     bool write_row(int64_t i) const {
-        const Row row(sums_, i);
+        const Total row(sums_, i);
         op_.base[sums_.rows[i]] = static_cast<float>(loss_of_sums(row.rest, row.m, row.z_t) + smoothing(row.gaps));
         bool large = false;
         for (int64_t q = 0; q < op_.Q; ++q) {
@@ -395,7 +275,7 @@ class Losses {
     }
 
     void write_large(int64_t i, const Sums& after, int64_t j) const {
-        const Row row(sums_, i);
+        const Total row(sums_, i);
         const double g0 = log(row.rest) + (row.m - row.z_t);
         for (int64_t q = 0; q < op_.Q; ++q) {
             const ChangeSums change = row.change(q);

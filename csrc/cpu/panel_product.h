@@ -28,6 +28,7 @@ class Buffer {
     std::unique_ptr<float[]> memory_;
 };
 
+// Rows side by side, float32 or bfloat16, for each query; stride_q is 0 where all share them.
 struct Matrix {
     const void* first = nullptr;
     DType dtype = DType::f32;
@@ -61,6 +62,7 @@ struct Product {
     int64_t D;
     const PanelLoops* loops;
     const float* centre;  // (D), taken from every row of W, or null
+    bool shares_panel;    // W is packed for another product already
 
     int64_t units() const { return ceil_div(D, loops->in_unit); }
 

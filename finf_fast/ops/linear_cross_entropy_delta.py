@@ -45,8 +45,9 @@ def linear_cross_entropy_delta(
         d_q = dx_q Wᵀ + (x + dx_q) dW_qᵀ + db_q            dW_q = U_q V_qᵀ where factors are given
 
     formed panel by panel over the vocabulary (formulas: design section 2, "At the loss"; csrc/numerics.h). z is a
-    product in float32 even of shorter inputs; d is a product in the inputs' dtype (float16: in float32), rounded once
-    to bfloat16 for bfloat16, which costs 2e-3 of each d.
+    product in float32 even of shorter inputs; d is a product in the inputs' dtype (float16: in float32), which a face
+    may round once to bfloat16 for bfloat16, at a cost of 2e-3 of each d. The compiled face does not: of bfloat16 inputs
+    too its d is a sum in float32 of exact products, with x + dx alone rounded where `dW` is given.
 
     Args:
         x: (N, D) what enters the layer; float32, float64, bfloat16 or float16, any strides.

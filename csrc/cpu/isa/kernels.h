@@ -1,6 +1,7 @@
 // What every instruction set offers: the table of loops, and the choice among the tables at first use.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -163,8 +164,8 @@ struct HeadRow {
 };
 
 struct RowSums {
-    ScaledSum rest = {-3.4028234664e38f, 0};  // see numerics.h
-    double gaps = 0;                          // sum of z_v - z_t, where there is smoothing
+    ScaledSum rest = {-FLT_MAX, 0};  // see numerics.h
+    double gaps = 0;                 // sum of z_v - z_t, where there is smoothing
 };
 
 struct ChangeSums {
