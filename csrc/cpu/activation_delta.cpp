@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "pages.h"
 #include "parallel.h"
 #include "past_cache.h"
 
@@ -36,6 +37,7 @@ void check(const ActivationRows& op, int64_t threads) {
 void activation_delta(const std::string& kind, ActivationRows op, DType dtype, int64_t threads) {
     check(op, threads);
     const int64_t size = dtype == DType::bf16 ? 2 : 4;
+    expect_writing(op.y, (1 + op.Q) * op.M * size);
     op.past_cache = goes_past_cache(op.y, op.M * size, (1 + op.Q) * op.M * size);
     const auto activate = kernels().activate[index_of(kind)][static_cast<int>(dtype)];
     const int64_t blocks = std::max<int64_t>(1, TASK_NUMBERS / (BLOCK * (1 + op.Q))), step = blocks * BLOCK;

@@ -4,6 +4,7 @@
 
 #include "../check.h"
 #include "isa/kernels.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace finf {
@@ -27,6 +28,7 @@ void check(const Noise& op) {
 
 void noise(const Noise& op) {
     check(op);
+    expect_writing(op.out, op.S * op.M * static_cast<int64_t>(sizeof(float)));
     const int64_t pieces = (op.M + TASK_NUMBERS - 1) / TASK_NUMBERS;  // of a sample, or some samples of one piece
     const int64_t rows = pieces > 1 ? 1 : TASK_NUMBERS / std::max<int64_t>(1, op.M);
     const int64_t groups = (op.S + rows - 1) / rows;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "pages.h"
 #include "parallel.h"
 #include "past_cache.h"
 #include "scratch.h"
@@ -60,6 +61,9 @@ void normalize(NormRows op, DType dtype, int64_t threads) {
         fill_in(op.dweight, 0.0f, op.Q * P, dweight);
         fill_in(op.dbias, 0.0f, op.Q * P, dbias);
     }
+    const int64_t row_bytes = op.N * op.D * (dtype == DType::bf16 ? 2 : 4);
+    expect_writing(op.y, (1 + op.Q) * row_bytes);
+    if (op.sum) expect_writing(op.sum, (op.x_moves || op.residual_moves ? 1 + op.Q : 1) * row_bytes);
     op.past_cache = goes_past_cache(op, dtype);
     const auto rows = kernels().norm_rows[static_cast<int>(dtype)];
     const int64_t step = std::max<int64_t>(1, std::min(TASK_NUMBERS / (op.D * (1 + op.Q)), TASK_VALUES / op.D));
