@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,3 +238,134 @@ def test_a_norm_whose_statistics_are_read_past_it_is_not_folded():
     for engine in ("delta", "pair"):
         found = ff.sweep(net, [update], (x, Y[:9]), engine=engine)
         torch.testing.assert_close(torch.as_tensor(found.delta[0]).double(), wanted, rtol=1e-3, atol=1e-6)
+
+
+class ChannelNorm(nn.Module):
+    """An RMS norm over the channels of images, which over the last dimension of (B, C) is the usual one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(6) + 0.5), 1e-6
+
+    def forward(self, x):
+        weight = self.weight.view(1, -1, *[1] * (x.dim() - 2))
+        return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps) * weight
+
+
+class WholeNorm(ChannelNorm):
+    def forward(self, x):
+        dims = tuple(range(1, x.dim()))
+        return x * torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + self.eps) * self.weight
+
+
+class TurnedGelu(nn.Module):
+    """A bare GELU whose scale its parent sets later."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x):
+        return F.gelu(x) * self.scale
+
+
+class TokenGelu(nn.Module):
+    def forward(self, x):
+        return F.gelu(x) - x.mean(1, keepdim=True) if x.dim() > 2 else F.gelu(x)
+
+
+class Picky(nn.Module):
+    """Takes images only, and says so in its own way."""
+
+    def forward(self, x):
+        assert x.dim() == 4
+        b, c, _, _ = x.shape
+        return x.mean((2, 3)).reshape(b, c)
+
+
+class Images(nn.Module):
+    def __init__(self, norm, shape, act=None, before=lambda net: None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shape, self.before = shape, before
+        self.a, self.norm, self.act = nn.Linear(6, 36), norm, act or nn.Identity()
+        self.b = nn.Linear(36, 5)
+
+    def forward(self, x):
+        self.before(self)
+        h = self.a(x).view(len(x), *self.shape)
+        return self.b(self.act(self.norm(h)).flatten(1))
+
+
+def turned(net):
+    net.act.scale = 3.0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Images(ChannelNorm(), (6, 2, 3)),
+        lambda: Images(ChannelNorm(), (6, 6)),
+        lambda: Images(WholeNorm(), (6, 6)),
+        lambda: Images(nn.Identity(), (6, 6), TokenGelu()),
+        lambda: Images(nn.Identity(), (6, 6), TurnedGelu(), turned),
+    ],
+)
+def test_modules_that_are_the_known_ones_only_at_first_sight(model):
+    agrees(model(), "delta", rtol=1e-3)
+
+
+def test_a_module_that_refuses_made_up_inputs_is_left_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.pool, self.b = nn.Linear(6, 24), Picky(), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.b(self.pool(self.a(x).view(len(x), 6, 2, 2)))
+
+    agrees(Net(), "delta")
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_weights_of_multihead_attention_are_carried(average, masked):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.m, self.b = nn.Linear(6, 24), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(24, 5)
+
+        def forward(self, x):
+            h = self.a(x).view(len(x), 3, 8)
+            mask = torch.ones(3, 3, dtype=torch.bool).triu(1) if masked else None
+            y, w = self.m(h, h, h, attn_mask=mask, average_attn_weights=average)
+            if w is not None:
+                y = y + (w if average else w.sum(1)) @ h
+            return self.b(y.flatten(1))
+
+    agrees(Attends(), "delta")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: (h[:3].contiguous().mul_(2), h)[1],
+        lambda h: (h[0].contiguous().mul_(2), h)[1],
+        nn.Softplus(beta=3, threshold=1),
+        lambda h: h + h[:, None, :].expand(-1, 7, -1)[:, np.array([0, 1, 2]), :][..., np.array([0, 1, 2])].sum(),
+        lambda h: h + h.view(-1, 7, 1)[np.array([0, 0]), :, np.array([0, 0])].sum(),
+    ],
+)
+def test_places_where_torch_shares_memory_or_takes_numpy(between):
+    agrees(Net(between), "delta", rtol=1e-3)
+
+
+@pytest.mark.parametrize("kink", [torch.abs, torch.round, lambda h: h * (h > 0), nn.Hardtanh(), nn.LeakyReLU()])
+def test_half_precision_nets_with_kinks_are_carried_in_float32(kink):
+    model = Net(kink).bfloat16()
+    found = ff.sweep(model, [update_of(model)], (X, Y))
+    assert found.record["dtype"] == "float32"
+    smooth = Net(torch.sin).bfloat16()
+    assert ff.sweep(smooth, [update_of(smooth)], (X, Y)).record["dtype"] == "bfloat16"

@@ -38,7 +38,7 @@ from finf_fast.delta import (
 from finf_fast.delta.head import Linear
 from finf_fast.delta.kept import Kept
 from finf_fast.delta.stack import Carried, NotCarried, lift
-from finf_fast.delta.table import State, carry, fresh, name_of
+from finf_fast.delta.table import State, carry, fresh, name_of, words
 from finf_fast.delta.weights import weight_sets
 from finf_fast.loss import Loss, Result, joined, mapped
 from finf_fast.reference import product
@@ -51,7 +51,14 @@ __all__ = ["DeltaEngine", "NotCarried"]
 RULES = (arithmetic, choices, functions, generic, head, indexing, integers, joins)
 MORE_RULES = (layers, products, reductions, structure)
 FUSED_WIDTH = 1024  # classes; a narrower head is cheaper formed than walked in panels
-KINKS = {"relu", "relu6", "max_pool1d", "max_pool2d", "max_pool3d", "topk", "max", "amax", "sort", "argmax", "clamp"}
+KINKS = set(
+    words(
+        "relu relu6 leaky_relu prelu threshold hardtanh hardswish hardsigmoid softshrink hardshrink abs sign sgn round "
+        "floor ceil trunc frac floor_divide remainder fmod clamp clamp_min clamp_max clip maximum minimum max min amax "
+        "amin aminmax median kthvalue topk sort argsort argmax argmin max_pool1d max_pool2d max_pool3d "
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d bucketize searchsorted lt le gt ge eq ne"
+    )
+)
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +23,7 @@ def getitem(x, index):
     if one_matrix and all(group.dense is not None for group in x.groups):
         return slice_of(x, index)
     index = index if isinstance(index, tuple) else (index,)
-    index = tuple(torch.tensor(i) if isinstance(i, list) else i for i in index)
+    index = tuple(torch.as_tensor(i) if isinstance(i, (list, np.ndarray)) else i for i in index)
     if any(isinstance(i, Carried) and i.dtype is torch.bool for i in index):
         index = tuple(agreed(i, "indexing by a mask") if isinstance(i, Carried) else i for i in index)
     if any(isinstance(i, Carried) for i in index):

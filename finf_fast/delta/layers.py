@@ -174,17 +174,22 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 def _attention_by_rules(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: float | None) -> Any:
     """Attention spelt out, for a mask that is carried (a position bias with changed weights)."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[-3] != key.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    return torch.matmul(_attention_weights(query, key, mask, causal, scale), value)
+
+
+def _attention_weights(query: Any, key: Any, mask: Any, causal: bool, scale: float | None) -> Any:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(query, key.transpose(-2, -1)) * scale
-    scores = torch.where(mask, scores, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype is torch.bool else scores + mask
     if causal:
         rows, columns = query.shape[-2], key.shape[-2]
         above = torch.ones(rows, columns, dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(above, -torch.inf)
-    return torch.matmul(torch.softmax(scores, -1), value)
+    return torch.softmax(scores, -1)
 
 
 @rule("multi_head_attention_forward")
@@ -215,7 +220,7 @@ def multi_head_attention(
     average_attn_weights=True,
     is_causal=False,
 ):
-    """torch.nn.MultiheadAttention, (T, B, E), spelt out; the weights that it may return are not computed."""
+    """torch.nn.MultiheadAttention, (T, B, E), spelt out; with the weights, if asked for, score by score."""
     single = query.dim() == 2
     if single:
         same = query is key is value
@@ -232,10 +237,17 @@ def multi_head_attention(
     projected = linear_each((query, key, value), in_proj_weight, in_proj_bias)
     q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected)
     mask = _merged_mask(attn_mask, key_padding_mask, q.shape, k.shape)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal and mask is None)
+    weights = None
+    if need_weights:
+        weights = _attention_weights(q, k, mask, is_causal and mask is None, None)
+        y = torch.matmul(weights, v)
+        weights = weights.mean(1) if average_attn_weights else weights
+        weights = weights.squeeze(0) if single else weights
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal and mask is None)
     y = y.permute(2, 0, 1, 3).flatten(-2)
     y = F.linear(y, out_proj_weight, out_proj_bias)
-    return y.squeeze(1) if single else y, None
+    return y.squeeze(1) if single else y, weights
 
 
 def linear_each(inputs: tuple, weight: Any, bias: Any) -> list[Any]:

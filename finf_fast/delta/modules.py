@@ -1,12 +1,14 @@
 """The table of modules: structures that a model spells out in small steps and an operation does in one.
 
-A module is recognised by what it holds, never by its name alone, and believed only after one numerical comparison with
-its own forward (norms), or it is rewritten in terms of rules that are exact by themselves (experts). The replacement
-is an attribute of the engine's own copy of the module; the user's module is not touched.
+A module is recognised by what it holds, never by its name alone, and believed only after a numerical comparison with
+its own forward, for inputs of the ranks at which the two agreed and while its settings are what they were then; or it
+is rewritten in terms of rules that are exact by themselves (experts). The replacement is an attribute of the engine's
+own copy of the module; the user's module is not touched.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,8 +58,8 @@ def _rms_norm(module: nn.Module) -> Callable[[Any], Any] | None:
         return None
     if dict(module.named_buffers()) or list(module.children()) or module._forward_hooks or module._forward_pre_hooks:
         return None
-    plus = _which_weight(module, parameters["weight"], eps)
-    if plus is None:
+    plus, ranks = _which_weight(module, parameters["weight"], eps)
+    if not ranks:
         return None
     own = module.forward
 
@@ -69,7 +71,35 @@ def _rms_norm(module: nn.Module) -> Callable[[Any], Any] | None:
             return Stack(_shifted(hidden_states, weight, eps))
         return rms_norm(hidden_states, (weight.shape[0],), weight, eps)
 
+    return _for(ranks, module, forward)
+
+
+def _for(ranks: set[int], module: nn.Module, fused: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The fused forward for what it was compared on, the module's own for any other call."""
+    own, before = module.forward, _settings(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        known = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() in ranks
+        return fused(*args) if known and _settings(module) == before else own(*args, **kwargs)
+
     return forward
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module and its children: a parent may turn one of them later."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        f"{name}.{key}": value
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, plain) and not key.startswith("_") and key != "training"
+    }
+
+
+def _ranks(D: int) -> dict[int, tuple[int, ...]]:
+    """Rank -> a shape of that rank that ends in D, no two of its sizes alike."""
+    others = [n for n in (2, 3, 5, 7) if n != D]
+    return {rank: (*others[: rank - 1], D) for rank in (1, 2, 3, 4)}
 
 
 def _shifted(x: Any, weight: Any, eps: float) -> Tensor:
@@ -79,10 +109,15 @@ def _shifted(x: Any, weight: Any, eps: float) -> Tensor:
     return ops.rms_norm_delta(rows_of(x), one, dweight=change_of(weight), eps=eps)
 
 
-def _which_weight(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
-    """Whether the module multiplies by 1 + weight (True) or weight (False); None where it does something else."""
-    single = torch.eye(len(weight), device=weight.device, dtype=weight.dtype)[:3]  # as far out as a normed row can be
-    rows = torch.cat([samples(weight, 3, len(weight)), single])
+def _which_weight(module: nn.Module, weight: Tensor, eps: float) -> tuple[bool, set[int]]:
+    """Whether the module multiplies by 1 + weight rather than by weight, and at which ranks; none: it does neither."""
+    D = len(weight)
+    single = torch.eye(D, device=weight.device, dtype=weight.dtype)[0]  # as far out as a normed row can be
+    inputs = {
+        rank: [(samples(weight, *shape) * size,) for size in (1e-2, 1.0, 1e2)] for rank, shape in _ranks(D).items()
+    }
+    for rank, shape in shapes:
+        inputs[rank].append((single.expand(shape),))
     for plus in (False, True):
 
         def wanted(x: Tensor, plus: bool = plus) -> Tensor:
@@ -90,9 +125,10 @@ def _which_weight(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
             normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
             return normed * (weight.double() + plus)
 
-        if _agrees(module, wanted, [(rows * size,) for size in (1e-2, 1.0, 1e2)]):
-            return plus
-    return None
+        ranks = {rank for rank, given in inputs.items() if _agrees(module, wanted, given)}
+        if ranks:
+            return plus, ranks
+    return False, set()
 
 
 def samples(like: Tensor, *shape: int) -> Tensor:
@@ -107,7 +143,7 @@ def _agrees(module: Callable[..., Any], formula: Callable[..., Tensor], inputs: 
         try:
             with torch.no_grad():
                 y, wanted = module(*given), formula(*given).double()
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
+        except Exception:  # whatever a forward says to a shape that was made up: it is not this module
             return False
         if not isinstance(y, Tensor) or y.shape != wanted.shape:
             return False
@@ -116,17 +152,20 @@ def _agrees(module: Callable[..., Any], formula: Callable[..., Tensor], inputs: 
     return True
 
 
-def _activation(module: nn.Module) -> Callable[[Any], Any] | None:
+def _activation(module: nn.Module) -> Callable[..., Any] | None:
     """A GELU that a module spells out in powers and products (GPT-2's), told from its values."""
     bare = not (module._parameters or module._buffers or module._modules)
     if not bare or type(module).__module__.startswith("torch.") or (kind := _kind(module.forward)) is None:
         return None
     own = module.forward
+    shapes = _ranks(11).items()
+    inputs = {rank: [(torch.linspace(-8, 8, math.prod(shape)).double().view(shape),)] for rank, shape in shapes}
+    ranks = {rank for rank, given in inputs.items() if _agrees(own, ACTIVATIONS[kind], given)}
 
     def forward(x: Any) -> Any:
         return Stack(ops.activation_delta(x.stacked, kind)) if isinstance(x, Carried) else own(x)
 
-    return forward
+    return _for(ranks, module, forward)
 
 
 def _gated(module: nn.Module) -> Callable[[Any], Any] | None:
@@ -135,8 +174,9 @@ def _gated(module: nn.Module) -> Callable[[Any], Any] | None:
     if not all(type(part) is nn.Linear for part in parts) or len(list(module.parameters())) > 6:
         return None
     kind = _kind(getattr(module, "act_fn", None))
-    if kind is None or module._forward_hooks or module._forward_pre_hooks or not _multiplies(module, parts, kind):
+    if kind is None or module._forward_hooks or module._forward_pre_hooks:
         return None
+    ranks = _multiplies(module, parts, kind)
     own = module.forward
     gate, up, down = parts
 
@@ -146,13 +186,20 @@ def _gated(module: nn.Module) -> Callable[[Any], Any] | None:
             return own(x)
         return down(Stack(ops.activation_delta(rows_of(a), kind, rows_of(b))))
 
-    return forward
+    return _for(ranks, module, forward) if ranks else None
 
 
-def _multiplies(module: nn.Module, parts: list[Any], kind: str) -> bool:
+def _multiplies(module: nn.Module, parts: list[Any], kind: str) -> set[int]:
+    """The ranks at which the module is down(act(gate(x)) · up(x))."""
     gate, up, down = parts
-    inputs = [(samples(gate.weight, 3, gate.in_features) * size,) for size in (1.0, 30.0)]
-    return _agrees(module, lambda x: down(ACTIVATIONS[kind](gate(x)) * up(x)), inputs)
+
+    def wanted(x: Tensor) -> Tensor:
+        return down(ACTIVATIONS[kind](gate(x)) * up(x))
+
+    def inputs(shape: tuple[int, ...]) -> list[tuple[Tensor]]:
+        return [(samples(gate.weight, *shape) * size,) for size in (1.0, 30.0)]
+
+    return {rank for rank, shape in _ranks(gate.in_features).items() if _agrees(module, wanted, inputs(shape))}
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -171,7 +218,7 @@ def _kind(function: Any) -> str | None:
     x = torch.cat([torch.linspace(-8, 8, 81), torch.tensor([-1e4, -100, -30, -12, 12, 30, 100, 1e4])]).double()
     try:
         y = function(x)
-    except (RuntimeError, TypeError):
+    except Exception:  # any module may be asked, with whatever checks of its own
         return None
     for kind, known in ACTIVATIONS.items():
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, known(x), rtol=1e-9, atol=1e-12):
