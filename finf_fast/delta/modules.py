@@ -114,10 +114,9 @@ def _which_weight(module: nn.Module, weight: Tensor, eps: float) -> tuple[bool, 
     D = len(weight)
     single = torch.eye(D, device=weight.device, dtype=weight.dtype)[0]  # as far out as a normed row can be
     inputs = {
-        rank: [(samples(weight, *shape) * size,) for size in (1e-2, 1.0, 1e2)] for rank, shape in _ranks(D).items()
+        rank: [*[(samples(weight, *shape) * size,) for size in (1e-2, 1.0, 1e2)], (single.expand(shape),)]
+        for rank, shape in _ranks(D).items()
     }
-    for rank, shape in shapes:
-        inputs[rank].append((single.expand(shape),))
     for plus in (False, True):
 
         def wanted(x: Tensor, plus: bool = plus) -> Tensor:
