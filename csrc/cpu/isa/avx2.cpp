@@ -80,8 +80,8 @@ FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)
 FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }
-FINF_INLINE bool all_at_most(Vec a, float bound) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(bound), _CMP_LE_OQ)) == 0xff;
+FINF_INLINE bool all_at_most(Vec a, Vec bound) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, bound.v, _CMP_LE_OQ)) == 0xff;
 }
 // The size of a with the sign of b.
 FINF_INLINE Vec copy_sign(Vec a, Vec b) { return _mm256_or_ps(abs(a).v, _mm256_and_ps(_mm256_set1_ps(-0.0f), b.v)); }

@@ -98,9 +98,7 @@ FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
 }
-FINF_INLINE bool all_at_most(Vec a, float bound) {
-    return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(bound), _CMP_LE_OQ) == 0xffff;
-}
+FINF_INLINE bool all_at_most(Vec a, Vec bound) { return _mm512_cmp_ps_mask(a.v, bound.v, _CMP_LE_OQ) == 0xffff; }
 
 // a0 b0 a1 b1 ...: the lower halves of a and b, and the upper halves.
 FINF_INLINE Vec zip_low(Vec a, Vec b) {

@@ -74,8 +74,8 @@ FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
 
 // a < b ? yes : no, lane by lane; a NaN is not less.
 FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes.v : no.v; }
-FINF_INLINE bool all_at_most(Vec a, float bound) {
-    const I4 in = a.v <= bound;
+FINF_INLINE bool all_at_most(Vec a, Vec bound) {
+    const I4 in = a.v <= bound.v;
     return (in[0] & in[1] & in[2] & in[3]) != 0;
 }
 // The size of a with the sign of b.

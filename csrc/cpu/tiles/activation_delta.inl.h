@@ -7,34 +7,29 @@
 #include "activations.inl.h"
 #include "elements.inl.h"
 
-// Numbers of a block: its five buffers are 20 KiB of a first-level cache of 32 or 48.
+// Numbers of a block: its six buffers are 24 KiB of a first-level cache of 32 or 48.
 constexpr int64_t ACTIVATED = 1024;
 
 struct ActivationBuffers {
-    alignas(64) float h[ACTIVATED], f[ACTIVATED], a[ACTIVATED], b[ACTIVATED], s[ACTIVATED];
+    alignas(64) float f[ACTIVATED], c1[ACTIVATED], c2[ACTIVATED], c3[ACTIVATED], c4[ACTIVATED], limit[ACTIVATED];
 
     FINF_MEMBER void keep(int64_t v, const Prepared& p) {
-        store(h + v, p.h);
         store(f + v, p.f);
-        store(a + v, p.a);
-        store(b + v, p.b);
-        store(s + v, p.s);
+        store(c1 + v, p.c1);
+        store(c2 + v, p.c2);
+        store(c3 + v, p.c3);
+        store(c4 + v, p.c4);
+        store(limit + v, p.limit);
     }
     FINF_MEMBER Prepared at(int64_t v) const {
-        return {load(h + v), load(f + v), load(a + v), load(b + v), load(s + v)};
+        return {load(f + v), load(c1 + v), load(c2 + v), load(c3 + v), load(c4 + v), load(limit + v)};
     }
 };
 
-// Out of the loop, which stays small: few changes are large, and where many are the call costs little beside them.
+// Out of the loop, which stays small: most changes are short, and where many are not the call costs little beside them.
 template <class F>
-__attribute__((noinline)) Vec far_change(Vec h, Vec d, Vec near, Vec reach) {
-    return select_less(Vec(F::REACH), reach, F::far(h, d), near);
-}
-
-template <class F>
-FINF_INLINE Vec change_of(const Prepared& p, Vec d) {
-    const Vec near = F::near(p, d), reach = F::reach(p, d);
-    return all_at_most(reach, F::REACH) ? near : far_change<F>(p.h, d, near, reach);
+__attribute__((noinline)) Vec mended(Vec by_series, Vec limit, Vec h, Vec d) {
+    return select_less(limit, abs(d), F::by_formula(h, d), by_series);
 }
 
 // Which rows a block of the gate brings: none, its value alone, or a change too.
@@ -42,7 +37,7 @@ enum class Gate { none, still, moves };
 
 template <class T>
 struct Block {
-    const T *x, *gate0, *gate;  // null where there is none
+    const T *x0, *x, *gate0, *gate;  // value and change; null where there is none
     Result<T> y;
     int64_t count;
 };
@@ -50,7 +45,7 @@ struct Block {
 template <class F, class T>
 FINF_INLINE void write_values(const Block<T>& block, ActivationBuffers& room) {
     each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
-        const Prepared p = F::of(load_up_to(block.x + v, count, T{}));
+        const Prepared p = F::of(load_up_to(block.x0 + v, count, T{}));
         room.keep(v, p);
         put(block.y, v, block.gate0 ? p.f * load_up_to(block.gate0 + v, count, T{}) : p.f, count);
     });
@@ -61,7 +56,9 @@ FINF_INLINE void write_changes(const Block<T>& block, const ActivationBuffers& r
     each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
         __builtin_prefetch(block.x + v + ACTIVATED);
         const Prepared p = room.at(v);
-        Vec change = change_of<F>(p, load_up_to(block.x + v, count, T{}));
+        const Vec d = load_up_to(block.x + v, count, T{});
+        Vec change = F::by_series(p, d);
+        if (!all_at_most(abs(d), p.limit)) change = mended<F>(change, p.limit, load_up_to(block.x0 + v, count, T{}), d);
         const Vec after = p.f + change;
         if (GATE != Gate::none) change = change * load_up_to(block.gate0 + v, count, T{});
         if (GATE == Gate::moves) change = fma(after, load_up_to(block.gate + v, count, T{}), change);
@@ -80,7 +77,8 @@ FINF_INLINE void write_gated(const Block<T>& block, const ActivationBuffers& roo
 template <class T>
 FINF_INLINE Block<T> block_of(const ActivationRows& op, int64_t k, int64_t begin, int64_t count) {
     const T *x = static_cast<const T*>(op.x) + begin, *gate = static_cast<const T*>(op.gate);
-    return {k == 0 || op.x_moves ? x + k * op.x_stride_q : nullptr,
+    return {x,
+            k == 0 || op.x_moves ? x + k * op.x_stride_q : nullptr,
             gate ? gate + begin : nullptr,
             gate && op.gate_moves ? gate + k * op.gate_stride_q + begin : nullptr,
             {static_cast<T*>(op.y) + k * op.M + begin, op.past_cache},
@@ -115,7 +113,7 @@ void (*const ACTIVATE[][2])(const ActivationRows&, int64_t, int64_t) = {
     {activate<Gelu, float>, activate<Gelu, Bf16>},
     {activate<Gated<GeluTanhGate>, float>, activate<Gated<GeluTanhGate>, Bf16>},
     {activate<Gated<SiluGate>, float>, activate<Gated<SiluGate>, Bf16>},
-    {activate<Tanh, float>, activate<Tanh, Bf16>},
-    {activate<Sigmoid, float>, activate<Sigmoid, Bf16>},
+    {activate<Sigmoid<2>, float>, activate<Sigmoid<2>, Bf16>},
+    {activate<Sigmoid<1>, float>, activate<Sigmoid<1>, Bf16>},
     {activate<Gated<QuickGeluGate>, float>, activate<Gated<QuickGeluGate>, Bf16>},
 };

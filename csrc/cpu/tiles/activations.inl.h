@@ -1,19 +1,19 @@
 // Functions of one number and their exact changes f(h + d) - f(h), over Vec. Included inside an instruction set's
 // namespace; the same mathematics in torch is finf_fast/reference/changes.py.
 //
-// Each function is a struct: of(h) gives its value and what all changes of h share; reach(h, d) <= REACH says that
-// `near`, which does without an exponential or a division, is exact to the last digits; `far` is right for every d.
-// Which of the two a number takes depends on nothing but h and d.
+// Each function is a struct: of(h) gives its value and its series at h, which all changes of h share; by_series takes a
+// change up to the limit that came with it, in four steps; by_formula is right for every change. Which of the two a
+// number takes depends on nothing but h and d.
 #pragma once
 
 #include "exponentials.inl.h"
 
-// What depends on h alone.
+// The value, and the change for |d| <= limit: d (c1 + d (c2 + d (c3 + d c4))).
 struct Prepared {
-    Vec h, f;  // the argument, the function's value
-    Vec a, b;  // the slope's factors, as the function likes
-    Vec s;     // the gate of x gate(x)
+    Vec f, c1, c2, c3, c4, limit;
 };
+
+FINF_INLINE Vec series(const Prepared& p, Vec d) { return d * fma(fma(fma(p.c4, d, p.c3), d, p.c2), d, p.c1); }
 
 FINF_INLINE Vec negative(Vec x) { return Vec(0.0f) - x; }
 FINF_INLINE Vec with_sign_of(Vec sign, Vec size) { return select_less(sign, Vec(0.0f), negative(size), size); }
@@ -46,9 +46,9 @@ FINF_INLINE Vec half_tanh(Vec y) {
 
 // sigmoid(y + dy) - sigmoid(y) for |dy| <= 1/4, by tanh's addition theorem: with t = tanh(y/2) and x = tanh(dy/2) it is
 // 2 sigmoid(y) sigmoid(-y) x / (1 + t x).
-FINF_INLINE Vec near_step(Vec slope, Vec t, Vec dy) {
-    const Vec z = Vec(0.5f) * dy, x = z * polynomial(SHORT_TANH, z * z);
-    return slope * x * polynomial(SHORT_INVERSE, t * x);
+FINF_INLINE Vec near_step(Sides at, Vec dy) {
+    const Vec z = Vec(0.5f) * dy, x = z * polynomial(SHORT_TANH, z * z), t = at.up - at.down;
+    return Vec(2.0f) * at.up * at.down * x * polynomial(SHORT_INVERSE, t * x);
 }
 
 // The same for every dy, y1 being y + dy: expm1(dy) sigmoid(y) sigmoid(-y1), mirrored where dy > 0 so that the
@@ -65,73 +65,91 @@ FINF_INLINE Vec far_product(Vec before, Vec after, Vec d, Vec by_product) {
     return select_less(abs(d), abs(before) + abs(after), by_product, after - before);
 }
 
+// The sigmoid's series: s1 e + s2 e^2 + s3 e^3 + s4 e^4, with p = s (1 - s) its slope and t = 2s - 1. The next term is
+// at most e^4 / 120 of the first, 3e-8 for the largest e that is taken this way.
+constexpr float LARGEST_SERIES = 1.0f / 24;
+
+struct Series {
+    Vec one, two, three, four;
+};
+
+FINF_INLINE Series sigmoid_series(Sides at) {
+    const Vec p = at.up * at.down, t = at.up - at.down, third = p * fma(p, Vec(-1.0f), Vec(1.0f / 6));
+    const Vec fourth = p * t * fma(p, Vec(0.5f), Vec(-1.0f / 24));
+    return {p, Vec(-0.5f) * p * t, third, fourth};
+}
+
 struct Relu {
-    static constexpr float REACH = FLT_MAX;
-    static FINF_MEMBER Prepared of(Vec h) { return {h, max(Vec(0.0f), h), h, h, h}; }
-    static FINF_MEMBER Vec reach(const Prepared&, Vec) { return Vec(0.0f); }
+    // The corner: c1 is what lies below it, c2 minus what lies above.
+    static FINF_MEMBER Prepared of(Vec h) {
+        const Vec above = max(Vec(0.0f), h), below = negative(max(Vec(0.0f), negative(h)));
+        return {above, below, negative(above), h, h, Vec(FLT_MAX)};
+    }
     // d above the corner, what sticks out of it below.
-    static FINF_MEMBER Vec near(const Prepared& p, Vec d) {
-        return max(negative(p.f), d - max(Vec(0.0f), negative(p.h)));
-    }
-    static FINF_MEMBER Vec far(Vec, Vec d) { return d; }
+    static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return max(p.c2, d + p.c1); }
+    static FINF_MEMBER Vec by_formula(Vec h, Vec d) { return by_series(of(h), d); }
 };
 
+// sigmoid(K x) for K = 1, and tanh(x) = 2 sigmoid(2x) - 1 for K = 2: K times the step of sigmoid(K x).
+template <int K>
 struct Sigmoid {
-    static constexpr float REACH = SHORT_REACH;
     static FINF_MEMBER Prepared of(Vec h) {
-        const Sides at = sides(h);
-        return {h, at.up, Vec(2.0f) * at.up * at.down, half_tanh(h), h};
-    }
-    static FINF_MEMBER Vec reach(const Prepared&, Vec d) { return abs(d); }
-    static FINF_MEMBER Vec near(const Prepared& p, Vec d) { return near_step(p.a, p.b, d); }
-    static FINF_MEMBER Vec far(Vec h, Vec d) { return far_step(sides(h), h + d, d); }
-};
-
-// 2 sigmoid(2x) - 1
-struct Tanh {
-    static constexpr float REACH = SHORT_REACH;
-    static FINF_MEMBER Prepared of(Vec h) {
-        const Vec y = h + h, t = half_tanh(y);
+        const Vec k(K), k2 = k * k, y = k * h;
         const Sides at = sides(y);
-        return {h, t, Vec(4.0f) * at.up * at.down, t, h};
+        const Series s = sigmoid_series(at);
+        const Vec f = K == 1 ? at.up : half_tanh(y);
+        return {f, k2 * s.one, k2 * k * s.two, k2 * k2 * s.three, k2 * k2 * k * s.four, Vec(LARGEST_SERIES / K)};
     }
-    static FINF_MEMBER Vec reach(const Prepared&, Vec d) { return abs(d + d); }
-    static FINF_MEMBER Vec near(const Prepared& p, Vec d) { return near_step(p.a, p.b, d + d); }
-    static FINF_MEMBER Vec far(Vec h, Vec d) {
-        const Vec y = h + h, dy = d + d, step = far_step(sides(y), y + dy, dy);
-        return step + step;
+    static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return series(p, d); }
+    static FINF_MEMBER Vec by_formula(Vec h, Vec d) {
+        const Vec k(K), y = k * h, dy = k * d;
+        const Sides at = sides(y);
+        const Vec near = near_step(at, dy), far = far_step(at, y + dy, dy);
+        return k * select_less(Vec(SHORT_REACH), abs(dy), far, near);
     }
 };
 
-// x sigmoid(y) with y = Gate::of(x).
+// Series of x g(x) from that of g: its own terms, moved on by one, and x times them.
+FINF_INLINE Prepared product_series(Vec h, Vec g, Series s, Vec limit) {
+    return {h * g, fma(h, s.one, g), fma(h, s.two, s.one), fma(h, s.three, s.two), fma(h, s.four, s.three), limit};
+}
+
+// x sigmoid(y) with y = Gate::of(x), whose series is y1 d + y2 d^2 + y3 d^3, exactly.
 template <class Gate>
 struct Gated {
-    static constexpr float REACH = SHORT_REACH;
     static FINF_MEMBER Prepared of(Vec h) {
         const Vec y = Gate::of(h);
         const Sides at = sides(y);
-        return {h, h * at.up, Vec(2.0f) * at.up * at.down, half_tanh(y), at.up};
+        const Series s = sigmoid_series(at), by = Gate::series(h);
+        const Vec y1 = by.one, y2 = by.two, y3 = by.three, square = y1 * y1;
+        const Series g = {s.one * y1, fma(s.one, y2, s.two * square),
+                          fma(s.one, y3, fma(Vec(2.0f) * s.two * y1, y2, s.three * square * y1)),
+                          fma(s.two, fma(Vec(2.0f) * y1, y3, y2 * y2),
+                              fma(Vec(3.0f) * s.three * square, y2, s.four * square * square))};
+        // Gate's own bend adds less than 1 part in 20 to |dy| there.
+        return product_series(h, at.up, g, Vec(LARGEST_SERIES / 1.05f) / y1);
     }
-    static FINF_MEMBER Vec reach(const Prepared& p, Vec d) { return abs(Gate::change(p.h, d)); }
-    static FINF_MEMBER Vec near(const Prepared& p, Vec d) {
-        return fma(near_step(p.a, p.b, Gate::change(p.h, d)), p.h + d, d * p.s);
-    }
-    static FINF_MEMBER Vec far(Vec h, Vec d) {
-        const Vec h1 = h + d, y1 = Gate::of(h1);
-        const Sides at = sides(Gate::of(h));
-        const Vec by_product = fma(far_step(at, y1, Gate::change(h, d)), h1, d * at.up);
-        return far_product(h * at.up, h1 * sides(y1).up, d, by_product);
+    static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return series(p, d); }
+    static FINF_MEMBER Vec by_formula(Vec h, Vec d) {
+        const Vec h1 = h + d, y = Gate::of(h), y1 = Gate::of(h1), dy = Gate::change(h, d);
+        const Sides at = sides(y);
+        const Vec near = near_step(at, dy);
+        const Vec far = far_step(at, y1, dy), held = d * at.up;
+        const Vec jump = far_product(h * at.up, h1 * sides(y1).up, d, fma(far, h1, held));
+        return select_less(Vec(SHORT_REACH), abs(dy), jump, fma(near, h1, held));
     }
 };
 
 struct SiluGate {
     static FINF_MEMBER Vec of(Vec x) { return x; }
+    static FINF_MEMBER Series series(Vec) { return {Vec(1.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)}; }
     static FINF_MEMBER Vec change(Vec, Vec d) { return d; }
 };
 
 // The gelu of CLIP.
 struct QuickGeluGate {
     static FINF_MEMBER Vec of(Vec x) { return Vec(1.702f) * x; }
+    static FINF_MEMBER Series series(Vec) { return {Vec(1.702f), Vec(0.0f), Vec(0.0f), Vec(0.0f)}; }
     static FINF_MEMBER Vec change(Vec, Vec d) { return Vec(1.702f) * d; }
 };
 
@@ -139,6 +157,9 @@ struct QuickGeluGate {
 struct GeluTanhGate {
     static constexpr float SLOPE = 1.5957691216f, CUBIC = 0.0713548162726f;
     static FINF_MEMBER Vec of(Vec x) { return x * fma(x * x, Vec(CUBIC), Vec(SLOPE)); }
+    static FINF_MEMBER Series series(Vec h) {
+        return {fma(Vec(3 * CUBIC) * h, h, Vec(SLOPE)), Vec(3 * CUBIC) * h, Vec(CUBIC), Vec(0.0f)};
+    }
     static FINF_MEMBER Vec change(Vec h, Vec d) {
         const Vec h1 = h + d, square = fma(h + h1, h1, h * h);
         return d * fma(square, Vec(CUBIC), Vec(SLOPE));
@@ -165,34 +186,41 @@ FINF_INLINE Vec distribution(Vec h, Vec tail) { return select_less(h, Vec(0.0f),
 // x Phi(x)
 struct Gelu {
     static constexpr float ROOT = 0.398942280401f;  // 1 / sqrt(2 pi)
-    // The exponent below stays within SHORT_REACH, and the terms left out below 5e-8.
+    // Up to here the exponent below stays within SHORT_REACH, and the terms left out below 5e-8.
     static constexpr float REACH = 0.4f;
 
+    // Phi's terms are Hermite's polynomials times the density; the first left out is within 3e-8 of the first.
     static FINF_MEMBER Prepared of(Vec h) {
         const Normal at = normal(h);
-        const Vec below = distribution(h, at.tail);
-        return {h, h * below, Vec(ROOT) * at.density, h, below};
+        const Vec p = Vec(ROOT) * at.density, h2 = h * h;
+        const Series s = {p, Vec(-0.5f) * p * h, p * fma(h2, Vec(1.0f / 6), Vec(-1.0f / 6)),
+                          p * h * fma(h2, Vec(-1.0f / 24), Vec(0.125f))};
+        return product_series(h, distribution(h, at.tail), s, Vec(LARGEST_SERIES) / (abs(h) + Vec(1.3f)));
     }
-    static FINF_MEMBER Vec reach(const Prepared& p, Vec d) { return abs(d) * fma(abs(d), Vec(4.0f), abs(p.h)); }
-    // The density's integral over [h, h + d] around its middle m: with u = d^2 and k = m d it is
+    static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return series(p, d); }
+    static FINF_MEMBER Vec by_formula(Vec h, Vec d) {
+        const Normal at = normal(h);
+        const Vec h1 = h + d, below = distribution(h, at.tail), held = d * below;
+        const Vec near = fma(near_step(Vec(ROOT) * at.density, h, d), h1, held);
+        const Vec t1 = normal(h1).tail, far = fma(far_step(h, at.tail, h1, t1), h1, held);
+        const Vec jump = far_product(h * below, h1 * distribution(h1, t1), d, far);
+        return select_less(Vec(REACH), abs(d) * fma(abs(d), Vec(4.0f), abs(h)), jump, near);
+    }
+
+    // Phi(h + d) - Phi(h), the density's integral, around its middle m: with u = d^2 and k = m d it is
     //     d density(m) (1 + (k^2 - u) / 24 + (k^4 - 6 k^2 u + 3 u^2) / 1920 + ...),
     // and density(m) = density(h) e^(-d (h + d/4) / 2).
-    static FINF_MEMBER Vec near(const Prepared& p, Vec d) {
-        const Vec half = Vec(0.5f) * d, u = d * d, k = (p.h + half) * d, k2 = k * k;
-        const Vec by = short_expm1_of(negative(half * fma(d, Vec(0.25f), p.h)));
+    static FINF_MEMBER Vec near_step(Vec density, Vec h, Vec d) {
+        const Vec half = Vec(0.5f) * d, u = d * d, k = (h + half) * d, k2 = k * k;
+        const Vec by = short_expm1_of(negative(half * fma(d, Vec(0.25f), h)));
         const Vec fourth = fma(k2, k2 - Vec(6.0f) * u, Vec(3.0f) * (u * u));
         const Vec bend = fma(fourth, Vec(1.0f / 1920), (k2 - u) * Vec(1.0f / 24));
-        const Vec mean = fma(by, bend, by + bend);  // (1 + by) (1 + bend) - 1
-        const Vec step = p.a * fma(d, mean, d);
-        return fma(step, p.h + d, d * p.s);
+        return density * fma(d, fma(by, bend, by + bend), d);  // (1 + by) (1 + bend) - 1
     }
     // By the tails of the side that both ends lie on, or across 0 by both.
-    static FINF_MEMBER Vec far(Vec h, Vec d) {
-        const Vec h1 = h + d, t0 = normal(h).tail, t1 = normal(h1).tail;
-        const Vec below = distribution(h, t0), after = distribution(h1, t1);
+    static FINF_MEMBER Vec far_step(Vec h, Vec t0, Vec h1, Vec t1) {
         const Vec same = select_less(h, Vec(0.0f), t1 - t0, t0 - t1);
-        const Vec across = with_sign_of(d, (Vec(1.0f) - t0) - t1);
-        const Vec step = select_less(h * h1, Vec(0.0f), across, same);
-        return far_product(h * below, h1 * after, d, fma(step, h1, d * below));
+        const Vec across = with_sign_of(h1, (Vec(1.0f) - t0) - t1);
+        return select_less(h * h1, Vec(0.0f), across, same);
     }
 };
