@@ -3,8 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "check.h"
 #include "cpu/activation_delta.h"
+#include "cpu/attention_delta.h"
 #include "cpu/cross_entropy_delta.h"
 #include "cpu/group_norm_delta.h"
 #include "cpu/isa/kernels.h"
@@ -108,6 +111,37 @@ void group_norm_delta(int dtype, uintptr_t x, int64_t x_stride_q, int64_t x_stri
     finf::group_norm_delta(rows, finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
+using Strides = std::array<int64_t, 4>;
+
+finf::HeadStack heads(uintptr_t first, const Strides& strides, bool moves) {
+    return {memory<void>(first), strides[0], strides[1], strides[2], strides[3], moves};
+}
+
+void attention_delta(int dtype, uintptr_t q, const Strides& q_strides, bool q_moves, uintptr_t k,
+                     const Strides& k_strides, bool k_moves, uintptr_t v, const Strides& v_strides, bool v_moves,
+                     uintptr_t mask, bool mask_boolean, const Strides& mask_strides, uintptr_t y, int64_t Q, int64_t B,
+                     int64_t H, int64_t Hk, int64_t T, int64_t Tk, int64_t E, int64_t Ev, float scale, float softcap,
+                     bool causal, int64_t threads) {
+    const auto& [mask_b, mask_h, mask_t, mask_k] = mask_strides;
+    finf::attention_delta({heads(q, q_strides, q_moves),
+                           heads(k, k_strides, k_moves),
+                           heads(v, v_strides, v_moves),
+                           {memory<void>(mask), mask_boolean, mask_b, mask_h, mask_t, mask_k},
+                           memory<void>(y),
+                           Q,
+                           B,
+                           H,
+                           Hk,
+                           T,
+                           Tk,
+                           E,
+                           Ev,
+                           scale,
+                           softcap,
+                           causal},
+                          finf::require_float_or_bf16("dtype", dtype), threads);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const finf::Kernels* found : finf::available_kernels()) names.emplace_back(found->name);
@@ -149,6 +183,14 @@ PYBIND11_MODULE(_C, module) {
                "x_moves"_a, "weight"_a, "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "N"_a, "D"_a, "Q"_a, "groups"_a,
                "run"_a, "eps"_a, "threads"_a,
                "x (1+Q,N,D) or (1,N,D), a row one group; a parameter for every `run` numbers of it -> y (1+Q,N,D).");
+    module.def(
+        "attention_delta", attention_delta, unlocked, "dtype"_a, "q"_a, "q_strides"_a, "q_moves"_a, "k"_a,
+        "k_strides"_a, "k_moves"_a, "v"_a, "v_strides"_a, "v_moves"_a, "mask"_a, "mask_boolean"_a, "mask_strides"_a,
+        "y"_a, "Q"_a, "B"_a, "H"_a, "Hk"_a, "T"_a, "Tk"_a, "E"_a, "Ev"_a, "scale"_a, "softcap"_a, "causal"_a,
+        "threads"_a,
+        "q (1+Q,B,H,T,E), k (1+Q,B,Hk,Tk,E), v (1+Q,B,Hk,Tk,Ev), or leading size 1 where it does not move; mask "
+        "(B,H,T,Tk) of bytes or float32, 0 for none -> y (1+Q,B,H,T,Ev). Strides of all dimensions but a stack's "
+        "last. softcap: 0 for none. dtype: 0 float32, 1 bfloat16.");
     module.def("segment_sum", segment_sum, unlocked, "values"_a, "values_dtype"_a, "values_stride_q"_a, "offsets"_a,
                "out"_a, "out_stride_q"_a, "Q"_a, "N"_a, "S"_a, "threads"_a,
                "values (Q,N), offsets (S+1) int64 -> out (Q,S). dtype: 0 float32, 2 float64.");

@@ -48,7 +48,7 @@ _SHORT = Face(("cpu",), (torch.float32, torch.bfloat16))
 TABLE: dict[str, dict[str, Face]] = {
     "cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
     "activation_delta": {"cpp": _SHORT, "reference": _ANY},
-    "attention_delta": {"reference": _ANY},
+    "attention_delta": {"cpp": _SHORT, "reference": _ANY},
     "group_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "reference": _ANY},
     "linear_cross_entropy_delta": {"reference": _ANY},

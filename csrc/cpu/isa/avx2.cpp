@@ -20,8 +20,11 @@
 namespace {
 
 using finf::ActivationRows;
+using finf::Attention;
+using finf::AttentionMask;
 using finf::Bf16;
 using finf::Change;
+using finf::HeadStack;
 using finf::NormRows;
 using finf::NormScratch;
 using finf::NormValue;
@@ -113,6 +116,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 }
 
 #include "../tiles/activation_delta.inl.h"
+#include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
 
@@ -125,7 +129,7 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE};
+const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, ATTENTION_DELTA};
 }
 
 #endif

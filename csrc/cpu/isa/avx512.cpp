@@ -22,8 +22,11 @@
 namespace {
 
 using finf::ActivationRows;
+using finf::Attention;
+using finf::AttentionMask;
 using finf::Bf16;
 using finf::Change;
+using finf::HeadStack;
 using finf::NormRows;
 using finf::NormScratch;
 using finf::NormValue;
@@ -92,6 +95,7 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
 }
 
 #include "../tiles/activation_delta.inl.h"
+#include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
 
@@ -104,7 +108,7 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
 #endif
 
 namespace finf {
-const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE};
+const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, ATTENTION_DELTA};
 }
 
 #endif

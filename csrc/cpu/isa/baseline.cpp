@@ -9,8 +9,11 @@
 namespace {
 
 using finf::ActivationRows;
+using finf::Attention;
+using finf::AttentionMask;
 using finf::Bf16;
 using finf::Change;
+using finf::HeadStack;
 using finf::NormRows;
 using finf::NormScratch;
 using finf::NormValue;
@@ -99,11 +102,12 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 }
 
 #include "../tiles/activation_delta.inl.h"
+#include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
 #include "../tiles/normalize.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE};
+const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, ATTENTION_DELTA};
 }

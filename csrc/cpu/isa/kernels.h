@@ -91,6 +91,42 @@ struct ActivationRows {
     bool past_cache;  // y goes past the cache, see Result in tiles/elements.inl.h
 };
 
+// A stack of heads (1+Q, B, H, T, E), or (1, B, H, T, E) where it does not move. Strides in numbers; a row's E numbers
+// lie side by side.
+struct HeadStack {
+    const void* first;
+    int64_t stride_q, stride_b, stride_h, stride_t;
+    bool moves;
+};
+
+// (B, H, T, Tk): a byte each, 0 where a row may not look, or a float32 each that is added; strides 0 where it is
+// shared.
+struct AttentionMask {
+    const void* first;  // null: there is none
+    bool boolean;
+    int64_t stride_b, stride_h, stride_t, stride_k;
+};
+
+struct Attention {
+    HeadStack q, k, v;  // of H, Hk and Hk heads, of T, Tk and Tk rows, of E, E and Ev numbers
+    AttentionMask mask;
+    void* y;  // (1+Q, B, H, T, Ev), side by side, written
+    int64_t Q, B, H, Hk, T, Tk, E, Ev;
+    float scale;
+    float softcap;  // 0: there is none
+    bool causal;
+};
+
+// Rows of queries that are worked on together: four of the widest vectors.
+constexpr int64_t ATTENTION_ROWS = 64;
+constexpr int64_t attention_blocks(const Attention& op) { return (op.T + ATTENTION_ROWS - 1) / ATTENTION_ROWS; }
+
+struct AttentionLoops {
+    int64_t (*room)(const Attention&);  // float32 numbers that `attend` needs, zeros at first
+    // Blocks [begin, end) of B H attention_blocks(op), the last of a head first.
+    void (*attend)(const Attention&, int64_t begin, int64_t end, float* room);
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
@@ -98,6 +134,7 @@ struct Kernels {
     void (*const* norm_rows)(const NormRows&, int64_t begin, int64_t end, const NormScratch&);
     // [function][type]: numbers [begin, end) of every row, begin being a whole number of vectors.
     void (*const (*activate)[2])(const ActivationRows&, int64_t begin, int64_t end);
+    const AttentionLoops* attention_delta;  // [type]
 };
 
 extern const Kernels BASELINE;
