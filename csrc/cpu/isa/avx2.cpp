@@ -82,6 +82,26 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(bound), _CMP_LE_OQ)) == 0xff;
 }
 
+// Lane i of x[j] and lane j of x[i] change places.
+FINF_INLINE void transpose(Vec (&x)[Vec::W]) {
+    __m256 y[8];
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+        y[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4)  // four by four within a half of each vector
+        for (int k = 0; k < 2; ++k) {
+            const __m256d a = _mm256_castps_pd(y[i + k]), b = _mm256_castps_pd(y[i + 2 + k]);
+            x[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            x[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 4; ++i) {
+        const __m256 low = x[i].v, high = x[i + 4].v;
+        x[i] = _mm256_permute2f128_ps(low, high, 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays: the comparison is "not less than".
 FINF_INLINE Vec scale(Vec p, Vec n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

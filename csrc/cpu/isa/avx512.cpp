@@ -94,6 +94,31 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
     return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(bound), _CMP_LE_OQ) == 0xffff;
 }
 
+// Lane i of x[j] and lane j of x[i] change places.
+FINF_INLINE void transpose(Vec (&x)[Vec::W]) {
+    __m512 y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+        y[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4)  // four by four within a quarter of each vector
+        for (int k = 0; k < 2; ++k) {
+            const __m512d a = _mm512_castps_pd(y[i + k]), b = _mm512_castps_pd(y[i + 2 + k]);
+            x[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            x[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 even = _mm512_shuffle_f32x4(x[i].v, x[i + 4].v, 0x88),
+                     odd = _mm512_shuffle_f32x4(x[i].v, x[i + 4].v, 0xdd);
+        const __m512 even_high = _mm512_shuffle_f32x4(x[i + 8].v, x[i + 12].v, 0x88),
+                     odd_high = _mm512_shuffle_f32x4(x[i + 8].v, x[i + 12].v, 0xdd);
+        x[i] = _mm512_shuffle_f32x4(even, even_high, 0x88);
+        x[i + 4] = _mm512_shuffle_f32x4(odd, odd_high, 0x88);
+        x[i + 8] = _mm512_shuffle_f32x4(even, even_high, 0xdd);
+        x[i + 12] = _mm512_shuffle_f32x4(odd, odd_high, 0xdd);
+    }
+}
+
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"

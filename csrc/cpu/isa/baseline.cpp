@@ -74,6 +74,16 @@ FINF_INLINE bool all_at_most(Vec a, float bound) {
     return (in[0] & in[1] & in[2] & in[3]) != 0;
 }
 
+// Lane i of x[j] and lane j of x[i] change places.
+FINF_INLINE void transpose(Vec (&x)[Vec::W]) {
+    for (int i = 0; i < Vec::W; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float y = x[i].v[j];
+            x[i].v[j] = x[j].v[i];
+            x[j].v[i] = y;
+        }
+}
+
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays, since a comparison with it is false.
 FINF_INLINE Vec scale(Vec p, Vec n) {
     const U4 exponent = (U4)(__builtin_convertvector(n.v, I4) + 127) << 23;

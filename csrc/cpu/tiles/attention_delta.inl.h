@@ -1,12 +1,16 @@
 // The loops of attention_delta, written once over Vec and included inside each instruction set's namespace.
 //
 // A block of rows of queries lies across the lanes; keys and values pass by in tiles, as in an online softmax. With s
-// the scores, m the largest so far, j its key, p = e^(s - m) and g = ds - ds_j what a key gains on j, a row's sums are
-//     N0 = sum p v0     D0 = sum p     N = sum (p expm1(g) v0 + p e^g dv)     D = sum p expm1(g)     D1 = sum p e^g
-// and in the end y = N0 / D0 and its change is (N - y D) / D1. A softmax does not feel that g is counted from j; j
-// itself then moves by exactly 0, so that a row which looks at hardly anything else keeps the digits of what little
-// moves. When a tile brings a new j, whose change lies c above the old one's, the sums follow exactly:
-//     N <- e^-c N + expm1(-c) N0     D <- e^-c D + expm1(-c) D0     D1 <- e^-c D1
+// the scores, m the largest so far, j its key, p = e^(s - m), and g = ds - ds_j what a key gains on j, the change of
+// p / sum p is p (expm1(g) - u) / sum p e^g with u the mean of expm1(g) under p. A softmax does not feel that g is
+// counted from j; j itself then gains exactly 0, so that a row which looks at hardly anything else keeps the digits of
+// what little moves. A row's sums are
+//     N0 = sum p v0     N = sum (p (expm1(g) - b) v0 + p e^g dv)
+//     D0 = sum p        D = sum  p (expm1(g) - b)                  D1 = sum p e^g
+// and in the end y = N0 / D0 and its change is (N - y D) / D1, whatever b is: with b near u, N and y D are no large
+// numbers of which little is left. When a tile brings a new j, whose change lies c above the old one's, b becomes what
+// u looks like from there and the sums follow exactly:
+//     N <- e^-c N + (e^-c b + expm1(-c) - new b) N0, the same with D for N     D1 <- e^-c D1
 //
 // After a large change, one softmax less the other loses nothing, and a second walk takes it.
 #pragma once
@@ -20,13 +24,17 @@ namespace attention {
 constexpr int64_t ROWS = finf::ATTENTION_ROWS;
 // Keys of a tile: 16 KiB of scores, which with as much of queries or values stay in a first-level cache of 48.
 constexpr int64_t KEYS = 64;
+// Rows of keys or values that are asked for ahead: heads that lie side by side keep a row's next one far away.
+constexpr int64_t AHEAD = 8;
 // Past this gain the second walk is taken. A key whose p is zero in float32, below e^-87, counts for less than e^-27
 // after it, and e^64 p stays far inside the range.
 constexpr float LARGEST_GAIN = 60.0f, CAPPED_GAIN = 64.0f;
 // A key this far behind the leading one after the change counts for nothing, however much it has gained.
 constexpr float OUT_OF_SIGHT = -40.0f;
 // Where so little of D0 is left, N - y D is a small difference of large sums.
-constexpr float LEAST_LEFT = 0.25f;
+constexpr float LEAST_LEFT = 1.0f / 16;
+// A score this far below the largest so far is one that a mask has pushed there, by the lowest float32 as a rule.
+constexpr float HIDDEN = -1e30f;
 constexpr float INF = __builtin_huge_valf();
 alignas(64) constexpr float LANES_FROM_0[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -53,10 +61,10 @@ struct Room {
     float *s, *p, *ds, *w;          // KEYS x ROWS: scores, weights, gains and e^g p, expm1(g) p
     float* uncapped;                // KEYS x ROWS, with a soft cap: scores before it over the cap
     float *n0, *n, *after;          // values' width x ROWS: sums before, changes of the sums, sums of the second walk
-    float* row;                     // values' width: a row of the result
     float *m, *d0, *fresh;          // ROWS: largest score, sum, and what a tile adds to it
     float *lead, *shrink;           // ROWS: the tile's key that leads now, or -1; e^(m before - m)
-    float *shift, *d, *d1, *large;  // ROWS: ds_j, changes of the sum, sums after, 1 where the second walk is needed
+    float *back, *gained, *fresh1;  // ROWS: -c, sum of p expm1(g) over a tile, and of p e^g
+    float *shift, *b, *d, *d1, *large;  // ROWS: ds_j, b, D, D1, 1 where the second walk is needed
 };
 
 int64_t moving(const HeadStack& stack, int64_t Q) { return stack.moves ? Q : 0; }
@@ -75,9 +83,9 @@ Room furnish(const Attention& op, Pieces& all) {
     room.n0 = all.take(Ev * ROWS);
     room.n = all.take(op.Q * Ev * ROWS);
     room.after = all.take(moves ? Ev * ROWS : 0);
-    room.row = all.take(Ev);
     for (float** each : {&room.m, &room.d0, &room.fresh, &room.lead, &room.shrink}) *each = all.take(ROWS);
-    for (float** each : {&room.shift, &room.d, &room.d1, &room.large}) *each = all.take(moves * ROWS);
+    for (float** each : {&room.back, &room.gained, &room.fresh1}) *each = all.take(ROWS);
+    for (float** each : {&room.shift, &room.b, &room.d, &room.d1, &room.large}) *each = all.take(moves * ROWS);
     return room;
 }
 
@@ -133,20 +141,31 @@ class Block {
         }
     }
     void take_transposed(int64_t k, float* to) {
-        for (int64_t r = 0; r < rows_; ++r) {
-            const T* row = rows_of<T>(op_.q, k, b_, h_, t0_ + r);
-            for (int64_t e = 0; e < op_.E; ++e) to[e * ld_ + r] = op_.scale * to_float(row[e]);
-        }
-        for (int64_t e = 0; e < op_.E; ++e) fill(to + e * ld_ + rows_, 0.0f, ld_ - rows_);
+        for (int64_t lane = 0; lane < ld_; lane += Vec::W)
+            for (int64_t e = 0; e < op_.E; e += Vec::W) {
+                Vec x[Vec::W];
+                for (int64_t r = 0; r < Vec::W; ++r) x[r] = query(k, lane + r, e) * Vec(op_.scale);
+                transpose(x);
+                for (int64_t i = 0; i < Vec::W && e + i < op_.E; ++i) store(to + (e + i) * ld_ + lane, x[i]);
+            }
+    }
+    FINF_MEMBER Vec query(int64_t k, int64_t r, int64_t e) const {
+        if (r >= rows_) return Vec(0.0f);
+        const T* row = rows_of<T>(op_.q, k, b_, h_, t0_ + r) + e;
+        __builtin_prefetch(row + Vec::W * op_.q.stride_t);
+        return load_up_to(row, op_.E - e, T{});
     }
     void take_tile(const HeadStack& stack, int64_t width, int64_t ld, float* to) {
         const int64_t head = h_ / (op_.H / op_.Hk);
         for (int64_t k = 0; k <= moving(stack, op_.Q); ++k)
             for (int64_t key = 0; key < count_; ++key) {
                 const T* row = rows_of<T>(stack, k, b_, head, key0_ + key);
+                const int64_t ahead = AHEAD * stack.stride_t;
                 float* at = to + (k * KEYS + key) * ld;
-                each_vector(width, [&](int64_t v, int64_t count)
-                                       FINF_LAMBDA { store(at + v, load_up_to(row + v, count, T{})); });
+                each_vector(width, [&](int64_t v, int64_t count) FINF_LAMBDA {
+                    __builtin_prefetch(row + ahead + v);
+                    store(at + v, load_up_to(row + v, count, T{}));
+                });
             }
     }
 
@@ -157,7 +176,6 @@ class Block {
         for (key0_ = 0; key0_ < end; key0_ += KEYS) {
             count_ = end - key0_ < KEYS ? end - key0_ : KEYS;
             take_tile(op_.k, op_.E, Ek_, room_.k);
-            take_tile(op_.v, op_.Ev, Ev_, room_.v);
             add();
         }
     }
@@ -175,18 +193,25 @@ class Block {
 
     // Scores.
     void multiply_keys(const Term* terms, int count, float* out) {
-        for (int64_t key = 0; key < count_; key += TALL) {
-            Term at[2];
-            for (int t = 0; t < count; ++t) at[t] = {terms[t].a + key * Ek_, terms[t].b, op_.E};
-            product_rows<Lies::rows, false>(at, count, Ek_, ld_, first_lane(key), ld_, out + key * ld_);
+        constexpr int64_t GROUP = WIDE * Vec::W;  // its queries stay in the first-level cache
+        for (int64_t lane = 0; lane < ld_; lane += GROUP) {
+            const int64_t end = lane + GROUP < ld_ ? lane + GROUP : ld_;
+            for (int64_t key = 0; key < count_; key += TALL) {
+                Term at[2];
+                for (int t = 0; t < count; ++t) at[t] = {terms[t].a + key * Ek_, terms[t].b, op_.E};
+                const int64_t first = first_lane(key), begin = first < lane ? lane : first;
+                product_rows<Lies::rows, false>(at, count, Ek_, ld_, begin, end, out + key * ld_);
+            }
         }
     }
-    // Whether some row sees a key of the tile.
+    // Whether some row sees a key of the tile; only then its values are taken.
     bool score() {
         const Term value = {room_.k, room_.q0, op_.E};
         multiply_keys(&value, 1, room_.s);
         if (op_.softcap > 0) cap();
-        return !op_.mask.first || mask();
+        if (op_.mask.first && !mask()) return false;
+        take_tile(op_.v, op_.Ev, Ev_, room_.v);
+        return true;
     }
     // dq k0 + q1 dk
     void score_change(int64_t n) {
@@ -226,21 +251,29 @@ class Block {
         });
     }
     bool mask() {
-        const auto& mask = op_.mask;
-        const int64_t first = b_ * mask.stride_b + h_ * mask.stride_h + t0_ * mask.stride_t + key0_ * mask.stride_k;
         for (int64_t key = 0; key < count_; ++key)
-            for (int64_t r = 0; r < rows_; ++r) {
-                const int64_t at = first + r * mask.stride_t + key * mask.stride_k;
-                float& s = room_.s[key * ld_ + r];
-                if (!mask.boolean) {
-                    s += static_cast<const float*>(mask.first)[at];
-                } else if (!static_cast<const uint8_t*>(mask.first)[at]) {
-                    s = -INF;
-                }
-            }
+            for (int64_t r = 0; r < ld_; ++r) mask_one(room_.s[key * ld_ + r], key, r);
         bool any = false;
-        each_score([&](int64_t i) FINF_LAMBDA { any |= !all_at_most(load(room_.s + i), -INF); });
+        each_lane(ld_, [&](int64_t lane) FINF_LAMBDA {
+            const Vec m = finite(load(room_.m + lane));
+            for (int64_t at = lane, end = seen(lane) * ld_ + lane; at < end; at += ld_) {
+                const Vec s = load(room_.s + at);
+                any |= !(all_at_most(s, -INF) || all_at_most(finite(s) - m, HIDDEN));
+            }
+        });
         return any;
+    }
+    FINF_MEMBER void mask_one(float& s, int64_t key, int64_t r) const {
+        const auto& mask = op_.mask;
+        const int64_t at =
+            b_ * mask.stride_b + h_ * mask.stride_h + (t0_ + r) * mask.stride_t + (key0_ + key) * mask.stride_k;
+        if (r >= rows_) {
+            s = -INF;
+        } else if (!mask.boolean) {
+            s += static_cast<const float*>(mask.first)[at];
+        } else if (!static_cast<const uint8_t*>(mask.first)[at]) {
+            s = -INF;
+        }
     }
 
     // The softmax.
@@ -250,7 +283,7 @@ class Block {
         fill(room_.n0, 0.0f, Ev_ * ROWS);
         fill(room_.n, 0.0f, op_.Q * Ev_ * ROWS);
         if (!moves_) return;
-        for (float* each : {room_.shift, room_.d, room_.d1, room_.large}) fill(each, 0.0f, op_.Q * ROWS);
+        for (float* each : {room_.shift, room_.b, room_.d, room_.d1, room_.large}) fill(each, 0.0f, op_.Q * ROWS);
     }
     void add_tile() {
         if (!score()) return;
@@ -317,7 +350,7 @@ class Block {
     }
     void multiply_values(const Term* terms, int count, float* sums) {
         // Behind the diagonal p is zero; two vectors of lanes at a time save a part of that.
-        const int64_t step = on_diagonal() ? 2 * Vec::W : ld_;
+        const int64_t step = (on_diagonal() ? 2 : WIDE) * Vec::W;
         for (int64_t lane = 0; lane < ld_; lane += step) {
             const int64_t end = lane + step < ld_ ? lane + step : ld_, keys = seen(end - Vec::W);
             for (int64_t e = 0; e < op_.Ev; e += TALL) {
@@ -335,8 +368,10 @@ class Block {
         int count = 0;
         if (moves_) {
             score_change(n);
-            if (turned) turn(n, sums);
+            if (turned) follow(n);
             gain(n);
+            if (turned) settle(n, sums);
+            centre(n);
             terms[count++] = {room_.v, room_.w, count_};
         } else if (turned) {
             shrink(sums);
@@ -344,35 +379,24 @@ class Block {
         if (op_.v.moves) terms[count++] = {room_.v + (1 + n) * KEYS * Ev_, moves_ ? room_.ds : room_.p, count_};
         multiply_values(terms, count, sums);
     }
-    // To the new leaders: e^-c and expm1(-c), and what the sums before the tile become.
-    void turn(int64_t n, float* sums) {
-        alignas(64) float shift[ROWS];
+    // The new leaders' changes, and -c.
+    void follow(int64_t n) {
+        float *shift = room_.shift + n * ROWS, *large = room_.large + n * ROWS;
         for (int64_t r = 0; r < ld_; ++r) {
-            const float lead = room_.lead[r];
-            shift[r] = lead < 0 ? room_.shift[n * ROWS + r] : room_.ds[static_cast<int64_t>(lead) * ld_ + r];
+            const float lead = room_.lead[r], old = shift[r];
+            if (lead >= 0) shift[r] = room_.ds[static_cast<int64_t>(lead) * ld_ + r];
+            room_.back[r] = old - shift[r];
+            if (room_.back[r] > LARGEST_GAIN && room_.d0[r] > 0) large[r] = 1.0f;
         }
-        each_lane(ld_, [&](int64_t lane) FINF_LAMBDA {
-            const int64_t i = n * ROWS + lane;
-            const Vec back = load(room_.shift + i) - load(shift + lane), d0 = load(room_.d0 + lane);
-            const Vec lost = select_less(Vec(0.0f), d0, back, Vec(0.0f));
-            store(room_.large + i, select_less(Vec(LARGEST_GAIN), lost, Vec(1.0f), load(room_.large + i)));
-            const Vec capped = at_most(CAPPED_GAIN, back), shrink = load(room_.shrink + lane);
-            const Vec keep = shrink * exp_of(capped), mix = shrink * expm1_of(capped);
-            store(room_.d1 + i, keep * load(room_.d1 + i));
-            store(room_.d + i, fma(keep, load(room_.d + i), mix * d0));
-            for (int64_t at = lane; at < op_.Ev * ld_; at += ld_)
-                store(sums + at, fma(keep, load(sums + at), mix * load(room_.n0 + at)));
-            store(room_.shift + i, load(shift + lane));
-        });
     }
     static FINF_MEMBER Vec at_most(float bound, Vec x) { return select_less(Vec(bound), x, Vec(bound), x); }
 
-    // expm1(g) p into w, e^g p in place of ds, and their sums.
+    // p expm1(g) into w, p e^g in place of ds, and their sums.
     void gain(int64_t n) {
         each_lane(ld_, [&](int64_t lane) FINF_LAMBDA {
             const int64_t i = n * ROWS + lane, end = seen(lane) * ld_ + lane;
             const Vec shift = load(room_.shift + i), m = finite(load(room_.m + lane));
-            Vec d(0.0f), d1(0.0f), largest(-INF);
+            Vec gained(0.0f), d1(0.0f), largest(-INF);
             for (int64_t at = lane; at < end; at += ld_) {
                 const Vec g = load(room_.ds + at) - shift, p = load(room_.p + at);
                 Vec w;
@@ -383,18 +407,50 @@ class Block {
                     const Vec after = load(room_.s + at) - m + g;
                     largest = max(largest, select_less(Vec(OUT_OF_SIGHT), after, g, Vec(-INF)));
                 }
-                d = d + w;
+                gained = gained + w;
                 d1 = d1 + (p + w);
                 store(room_.w + at, w);
                 store(room_.ds + at, p + w);
             }
-            for (int64_t at = end; at < count_ * ld_; at += ld_) {
-                store(room_.w + at, Vec(0.0f));
-                store(room_.ds + at, Vec(0.0f));
-            }
-            store(room_.d + i, load(room_.d + i) + d);
-            store(room_.d1 + i, load(room_.d1 + i) + d1);
+            for (int64_t at = end; at < count_ * ld_; at += ld_) store(room_.ds + at, Vec(0.0f));
+            store(room_.gained + lane, gained);
+            store(room_.fresh1 + lane, d1);
             store(room_.large + i, select_less(Vec(LARGEST_GAIN), largest, Vec(1.0f), load(room_.large + i)));
+        });
+    }
+    // What the sums before the tile become under its leaders.
+    void settle(int64_t n, float* sums) {
+        each_lane(ld_, [&](int64_t lane) FINF_LAMBDA {
+            const Vec lead = load(room_.lead + lane);
+            if (all_at_most(lead, -1.0f)) return;
+            const int64_t i = n * ROWS + lane;
+            const Vec d0 = load(room_.d0 + lane), shrink = load(room_.shrink + lane), b = load(room_.b + i);
+            const Vec back = at_most(CAPPED_GAIN, load(room_.back + lane)), keep = shrink * exp_of(back);
+            const Vec moved = fma(keep, b, shrink * expm1_of(back));  // (e^-c b + expm1(-c)) e^(m before - m)
+            const Vec gained = fma(keep, load(room_.d + i), moved * d0) + load(room_.gained + lane);
+            const Vec mean = gained * inverse(fma(shrink, d0, load(room_.fresh + lane)));
+            const Vec fresh = select_less(lead, Vec(0.0f), b, mean), mix = moved - shrink * fresh;
+            store(room_.b + i, fresh);
+            store(room_.d1 + i, keep * load(room_.d1 + i));
+            store(room_.d + i, fma(keep, load(room_.d + i), mix * d0));
+            for (int64_t at = lane; at < op_.Ev * ld_; at += ld_)
+                store(sums + at, fma(keep, load(sums + at), mix * load(room_.n0 + at)));
+        });
+    }
+    // p (expm1(g) - b) in w, and the tile's share of D and D1.
+    void centre(int64_t n) {
+        each_lane(ld_, [&](int64_t lane) FINF_LAMBDA {
+            const int64_t i = n * ROWS + lane, end = seen(lane) * ld_ + lane;
+            const Vec less = Vec(0.0f) - load(room_.b + i);
+            Vec d(0.0f);
+            for (int64_t at = lane; at < end; at += ld_) {
+                const Vec w = fma(less, load(room_.p + at), load(room_.w + at));
+                d = d + w;
+                store(room_.w + at, w);
+            }
+            for (int64_t at = end; at < count_ * ld_; at += ld_) store(room_.w + at, Vec(0.0f));
+            store(room_.d + i, load(room_.d + i) + d);
+            store(room_.d1 + i, load(room_.d1 + i) + load(room_.fresh1 + lane));
         });
     }
 
@@ -457,11 +513,14 @@ class Block {
     }
     void write(int64_t k, const float* from) {
         T* to = static_cast<T*>(op_.y) + (((k * op_.B + b_) * op_.H + h_) * op_.T + t0_) * op_.Ev;
-        for (int64_t r = 0; r < rows_; ++r, to += op_.Ev) {
-            for (int64_t e = 0; e < op_.Ev; ++e) room_.row[e] = from[e * ld_ + r];
-            each_vector(op_.Ev,
-                        [&](int64_t v, int64_t count) FINF_LAMBDA { store_up_to(to + v, load(room_.row + v), count); });
-        }
+        for (int64_t lane = 0; lane < rows_; lane += Vec::W)
+            for (int64_t e = 0; e < op_.Ev; e += Vec::W) {
+                Vec x[Vec::W];
+                for (int64_t i = 0; i < Vec::W; ++i) x[i] = load(from + (e + i) * ld_ + lane);
+                transpose(x);
+                for (int64_t r = 0; r < Vec::W && lane + r < rows_; ++r)
+                    store_up_to(to + (lane + r) * op_.Ev + e, x[r], op_.Ev - e);
+            }
     }
 
     const Attention& op_;
