@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/attention_delta.h"
 #include "../csrc/cpu/cross_entropy_delta.h"
 #include "../csrc/cpu/isa/kernels.h"
 #include "../csrc/cpu/segment_sum.h"
@@ -55,8 +56,43 @@ void sum_and_rank(const std::vector<float>& delta, int64_t N, int64_t Q, std::mt
     }
 }
 
+// Heads beside each other in a row, as in (1+Q, B, T, H, E) transposed.
+finf::HeadStack heads(const void* first, int64_t B, int64_t T, int64_t H, int64_t E) {
+    return {first, B * T * H * E, T * H * E, E, H * E, true};
+}
+
+template <class T>
+void attend(int64_t rows, int64_t keys, int64_t E, int64_t Ev, float step, finf::DType dtype, std::mt19937& draw) {
+    constexpr int64_t B = 2, H = 2, Q = 2;
+    const std::vector<T> q = normal<T>((1 + Q) * B * rows * H * E, step, draw),
+                         k = normal<T>((1 + Q) * B * keys * E, step, draw),
+                         v = normal<T>((1 + Q) * B * keys * Ev, step, draw);
+    std::vector<uint8_t> seen(B * keys);
+    for (uint8_t& one : seen) one = draw() % 4 != 0;
+    const std::vector<float> added = normal<float>(rows * keys, 1, draw);
+    std::vector<T> y((1 + Q) * B * H * rows * Ev);
+    const finf::AttentionMask masks[] = {
+        {nullptr, false, 0, 0, 0, 0}, {seen.data(), true, keys, 0, 0, 1}, {added.data(), false, 0, 0, keys, 1}};
+    for (const finf::AttentionMask& mask : masks)
+        finf::attention_delta(
+            {heads(q.data(), B, rows, H, E), heads(k.data(), B, keys, 1, E), heads(v.data(), B, keys, 1, Ev), mask,
+             y.data(), Q, B, H, 1, rows, keys, E, Ev, 1.0f, draw() % 2 ? 5.0f : 0.0f, draw() % 2 == 0},
+            dtype, THREADS);
+}
+
+void attend_everywhere(std::mt19937& draw) {
+    for (int64_t rows : {1, 17, 63, 64, 65, 130})
+        for (int64_t keys : {1, 63, 64, 65, 130})
+            for (int64_t E : {1, 16, 33})
+                for (float step : {1e-2f, 1.0f, 10.0f}) {
+                    attend<float>(rows, keys, E, 34 - E, step, finf::DType::f32, draw);
+                    attend<finf::Bf16>(rows, keys, E, 34 - E, step, finf::DType::bf16, draw);
+                }
+}
+
 void everything() {
     std::mt19937 draw(0);
+    attend_everywhere(draw);
     for (int64_t V : {1, 2, 15, 16, 17, 63, 64, 65, 100, 2047, 2048, 2049, 4100})
         for (int64_t N : {1, 3, 70})
             for (int64_t Q : {0, 1, 3})

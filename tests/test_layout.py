@@ -76,7 +76,7 @@ def test_every_room_has_a_place():
     assert {room_of(p) for p in rooms()} <= set().union(*LAYERS)
 
 
-@pytest.mark.parametrize("op", ["cross_entropy_delta", "segment_sum", "topk_merge"])
+@pytest.mark.parametrize("op", ["attention_delta", "cross_entropy_delta", "segment_sum", "topk_merge"])
 def test_an_operation_is_found_by_one_name(op):
     wanted = {
         f"finf_fast/ops/{op}.py",
