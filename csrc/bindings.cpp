@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <tuple>
+#include <array>
 
 #include "check.h"
 #include "cpu/activation_delta.h"
@@ -178,41 +178,35 @@ void group_norm_delta(int dtype, uintptr_t x, int64_t x_stride_q, int64_t x_stri
     finf::group_norm_delta(rows, finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
-// A stack of attention: address, strides (q, b, h, t), whether it moves.
-using Stack = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, bool>;
+using Strides = std::array<int64_t, 4>;
 
-finf::AttentionStack stack(const Stack& x) {
-    const auto& [first, q, b, h, t, moves] = x;
-    return {memory<void>(first), q, b, h, t, moves};
+finf::HeadStack heads(uintptr_t first, const Strides& strides, bool moves) {
+    return {memory<void>(first), strides[0], strides[1], strides[2], strides[3], moves};
 }
 
-void attention_delta(int dtype, const Stack& q, const Stack& k, const Stack& v, uintptr_t seen, uintptr_t added,
-                     int64_t mask_stride_b, int64_t mask_stride_h, int64_t mask_stride_t, int64_t mask_stride_s,
-                     uintptr_t out, int64_t B, int64_t H, int64_t G, int64_t T, int64_t S, int64_t E, int64_t F,
-                     int64_t Q, bool causal, double scale, double softcap, int64_t threads) {
-    finf::attention_delta({stack(q),
-                           stack(k),
-                           stack(v),
-                           finf::require_float_or_bf16("dtype", dtype),
-                           memory<bool>(seen),
-                           memory<float>(added),
-                           mask_stride_b,
-                           mask_stride_h,
-                           mask_stride_t,
-                           mask_stride_s,
-                           memory<void>(out),
+void attention_delta(int dtype, uintptr_t q, const Strides& q_strides, bool q_moves, uintptr_t k,
+                     const Strides& k_strides, bool k_moves, uintptr_t v, const Strides& v_strides, bool v_moves,
+                     uintptr_t mask, bool mask_boolean, const Strides& mask_strides, uintptr_t y, int64_t Q, int64_t B,
+                     int64_t H, int64_t Hk, int64_t T, int64_t Tk, int64_t E, int64_t Ev, float scale, float softcap,
+                     bool causal, int64_t threads) {
+    const auto& [mask_b, mask_h, mask_t, mask_k] = mask_strides;
+    finf::attention_delta({heads(q, q_strides, q_moves),
+                           heads(k, k_strides, k_moves),
+                           heads(v, v_strides, v_moves),
+                           {memory<void>(mask), mask_boolean, mask_b, mask_h, mask_t, mask_k},
+                           memory<void>(y),
+                           Q,
                            B,
                            H,
-                           G,
+                           Hk,
                            T,
-                           S,
+                           Tk,
                            E,
-                           F,
-                           Q,
-                           causal,
+                           Ev,
                            scale,
                            softcap,
-                           threads});
+                           causal},
+                          finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
 std::vector<std::string> isas() {
@@ -256,10 +250,14 @@ PYBIND11_MODULE(_C, module) {
                "x_moves"_a, "weight"_a, "bias"_a, "dweight"_a, "dbias"_a, "y"_a, "N"_a, "D"_a, "Q"_a, "groups"_a,
                "run"_a, "eps"_a, "threads"_a,
                "x (1+Q,N,D) or (1,N,D), a row one group; a parameter for every `run` numbers of it -> y (1+Q,N,D).");
-    module.def("attention_delta", attention_delta, unlocked, "dtype"_a, "q"_a, "k"_a, "v"_a, "seen"_a, "added"_a,
-               "mask_stride_b"_a, "mask_stride_h"_a, "mask_stride_t"_a, "mask_stride_s"_a, "out"_a, "B"_a, "H"_a, "G"_a,
-               "T"_a, "S"_a, "E"_a, "F"_a, "Q"_a, "causal"_a, "scale"_a, "softcap"_a, "threads"_a,
-               "q (1+Q,B,H,T,E), k (1+Q,B,G,S,E), v (1+Q,B,G,S,F) -> out (1+Q,B,H,T,F). dtype: 0 float32, 1 bfloat16.");
+    module.def(
+        "attention_delta", attention_delta, unlocked, "dtype"_a, "q"_a, "q_strides"_a, "q_moves"_a, "k"_a,
+        "k_strides"_a, "k_moves"_a, "v"_a, "v_strides"_a, "v_moves"_a, "mask"_a, "mask_boolean"_a, "mask_strides"_a,
+        "y"_a, "Q"_a, "B"_a, "H"_a, "Hk"_a, "T"_a, "Tk"_a, "E"_a, "Ev"_a, "scale"_a, "softcap"_a, "causal"_a,
+        "threads"_a,
+        "q (1+Q,B,H,T,E), k (1+Q,B,Hk,Tk,E), v (1+Q,B,Hk,Tk,Ev), or leading size 1 where it does not move; mask "
+        "(B,H,T,Tk) of bytes or float32, 0 for none -> y (1+Q,B,H,T,Ev). Strides of all dimensions but a stack's "
+        "last. softcap: 0 for none. dtype: 0 float32, 1 bfloat16.");
     module.def("linear_cross_entropy_delta", linear_cross_entropy_delta, unlocked, "dtype"_a, "x"_a, "x_stride"_a,
                "dx"_a, "dx_stride_q"_a, "dx_stride_n"_a, "W"_a, "W_stride"_a, "target"_a, "bias"_a, "db"_a,
                "db_stride_q"_a, "dW"_a, "dW_dtype"_a, "dW_stride_q"_a, "dW_stride_v"_a, "U"_a, "U_dtype"_a,

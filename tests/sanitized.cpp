@@ -181,45 +181,44 @@ void noises() {
     }
 }
 
-// Heads with and without a mask and a cap; a leap of 50 in some scores takes the way of large changes.
-template <class T>
-void attention(int64_t rows, int64_t keys, int64_t E, int64_t F, int64_t Q, finf::DType dtype, std::mt19937& draw) {
-    const int64_t B = 2, H = 2;
-    const std::vector<T> q = normal<T>((1 + Q) * B * H * rows * E, 2, draw),
-                         k = normal<T>((1 + Q) * B * keys * E, 2, draw);
-    const std::vector<T> v = normal<T>((1 + Q) * B * keys * F, 1, draw);
-    const std::vector<float> added = normal<float>(rows * keys, 1, draw);
-    std::vector<T> out((1 + Q) * B * H * rows * F);
-    const std::unique_ptr<bool[]> seen(new bool[keys]);
-    for (int64_t s = 0; s < keys; ++s) seen[s] = s % 3 != 1;
-    finf::AttentionDelta op = {};
-    op.q = {q.data(), B * H * rows * E, H * rows * E, rows * E, E, Q > 0};
-    op.k = {k.data(), B * keys * E, keys * E, keys * E, E, Q > 0};
-    op.v = {v.data(), B * keys * F, keys * F, keys * F, F, Q > 0};
-    op.dtype = dtype;
-    op.out = out.data();
-    op.B = B, op.H = H, op.G = 1, op.T = rows, op.S = keys, op.E = E, op.F = F, op.Q = Q;
-    op.scale = 1.0, op.threads = THREADS;
-    finf::attention_delta(op);
-    op.causal = true, op.added = added.data(), op.mask_stride_t = keys, op.mask_stride_s = 1;
-    finf::attention_delta(op);
-    op.causal = false, op.added = nullptr, op.seen = seen.get(), op.mask_stride_t = 0, op.softcap = 5.0;
-    finf::attention_delta(op);
+// Heads beside each other in a row, as in (1+Q, B, T, H, E) transposed.
+finf::HeadStack heads(const void* first, int64_t B, int64_t T, int64_t H, int64_t E) {
+    return {first, B * T * H * E, T * H * E, E, H * E, true};
 }
 
 template <class T>
-void attentions(finf::DType dtype, std::mt19937& draw) {
-    for (int64_t rows : {1, 47, 49})
-        for (int64_t keys : {1, 63, 65, 130})
-            for (int64_t Q : {0, 2}) attention<T>(rows, keys, 5, 9, Q, dtype, draw);
-    attention<T>(3, 1030, 16, 8, 1, dtype, draw);
+void attend(int64_t rows, int64_t keys, int64_t E, int64_t Ev, float step, finf::DType dtype, std::mt19937& draw) {
+    constexpr int64_t B = 2, H = 2, Q = 2;
+    const std::vector<T> q = normal<T>((1 + Q) * B * rows * H * E, step, draw),
+                         k = normal<T>((1 + Q) * B * keys * E, step, draw),
+                         v = normal<T>((1 + Q) * B * keys * Ev, step, draw);
+    std::vector<uint8_t> seen(B * keys);
+    for (uint8_t& one : seen) one = draw() % 4 != 0;
+    const std::vector<float> added = normal<float>(rows * keys, 1, draw);
+    std::vector<T> y((1 + Q) * B * H * rows * Ev);
+    const finf::AttentionMask masks[] = {
+        {nullptr, false, 0, 0, 0, 0}, {seen.data(), true, keys, 0, 0, 1}, {added.data(), false, 0, 0, keys, 1}};
+    for (const finf::AttentionMask& mask : masks)
+        finf::attention_delta(
+            {heads(q.data(), B, rows, H, E), heads(k.data(), B, keys, 1, E), heads(v.data(), B, keys, 1, Ev), mask,
+             y.data(), Q, B, H, 1, rows, keys, E, Ev, 1.0f, draw() % 2 ? 5.0f : 0.0f, draw() % 2 == 0},
+            dtype, THREADS);
+}
+
+void attend_everywhere(std::mt19937& draw) {
+    for (int64_t rows : {1, 17, 63, 64, 65, 130})
+        for (int64_t keys : {1, 63, 64, 65, 130})
+            for (int64_t E : {1, 16, 33})
+                for (float step : {1e-2f, 1.0f, 10.0f}) {
+                    attend<float>(rows, keys, E, 34 - E, step, finf::DType::f32, draw);
+                    attend<finf::Bf16>(rows, keys, E, 34 - E, step, finf::DType::bf16, draw);
+                }
 }
 
 void everything() {
     every_head();
     std::mt19937 draw(0);
-    attentions<float>(finf::DType::f32, draw);
-    attentions<finf::Bf16>(finf::DType::bf16, draw);
+    attend_everywhere(draw);
     row_operations<float>(finf::DType::f32, draw);
     row_operations<finf::Bf16>(finf::DType::bf16, draw);
     noises();

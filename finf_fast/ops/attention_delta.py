@@ -99,31 +99,30 @@ def _run_reference(q, k, v, causal, scale, mask, softcap):
 
 def _run_cpp(q, k, v, causal, scale, mask, softcap):
     out = _allocate(q, k, v, causal, scale, mask, softcap)
-    if not k.shape[3] or not out.numel():
-        return out.zero_()
-    q, k, v = map(rows, (q, k, v))
-    seen, added, strides = _told_mask(mask, (*q.shape[1:4], k.shape[3]))
+    (_, B, H, T, E), (Hk, Tk, Ev) = q.shape, (*k.shape[2:4], v.shape[4])
+    q, k, v, mask = rows(q), rows(k), rows(v), _numbers(mask)
+    shared = None if mask is None else mask.expand(B, H, T, Tk)
     dispatch.compiled().attention_delta(
-        *(CODES[q.dtype], *map(_told, (q, k, v)), address(seen), address(added), *strides, out.data_ptr()),
-        *(*q.shape[1:3], k.shape[2], q.shape[3], k.shape[3], q.shape[4], v.shape[4], len(out) - 1, causal),
-        *(1 / math.sqrt(max(q.shape[4], 1)) if scale is None else scale, softcap or 0.0, torch.get_num_threads()),
+        *(CODES[q.dtype], *_told(q), *_told(k), *_told(v)),
+        *(
+            address(mask),
+            mask is not None and mask.dtype == torch.bool,
+            shared.stride() if mask is not None else [0] * 4,
+        ),
+        *(out.data_ptr(), len(out) - 1, B, H, Hk, T, Tk, E, Ev),
+        *(1 / math.sqrt(max(E, 1)) if scale is None else scale, softcap or 0.0, causal, torch.get_num_threads()),
     )
     return out
 
 
-def _told(x: Tensor) -> tuple:
-    """Address, strides and whether it moves, as the compiled loop is told."""
-    return x.data_ptr(), *x.stride()[:4], len(x) > 1
+def _told(x: Tensor) -> tuple[int, tuple[int, ...], bool]:
+    """Address of a stack of heads, distances of all but the last dimension, whether it moves."""
+    return x.data_ptr(), x.stride()[:4], len(x) > 1
 
 
-def _told_mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
-    """The mask if it is one of booleans, the mask if it is one of numbers, and its strides over (B, H, T, T')."""
-    if mask is None:
-        return None, None, (0, 0, 0, 0)
-    if mask.dtype == torch.bool:
-        return mask, None, mask.expand(shape).stride()
-    mask = mask.float()
-    return None, mask, mask.expand(shape).stride()
+def _numbers(mask: Tensor | None) -> Tensor | None:
+    """A mask as bool or float32, which hold every bfloat16 and float16 as it is; float64 ones are rounded."""
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(torch.float32)
 
 
 _FACES = {"cpp": _run_cpp, "reference": _run_reference}

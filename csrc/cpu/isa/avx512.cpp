@@ -24,10 +24,13 @@
 namespace {
 
 using finf::ActivationRows;
+using finf::Attention;
+using finf::AttentionMask;
 using finf::Bf16;
 using finf::Change;
 using finf::ChangeSums;
 using finf::HeadRow;
+using finf::HeadStack;
 using finf::NormRows;
 using finf::NormScratch;
 using finf::NormValue;

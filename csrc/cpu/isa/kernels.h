@@ -75,38 +75,6 @@ struct NormScratch {
     NormValue* values;  // R
 };
 
-// Rows of a block of attention, a multiple of three of any vectors; keys of a tile, whose 12 KiB of scores stay in the
-// first-level cache; what the width of a value is rounded up to.
-constexpr int64_t ATTENTION_ROWS = 48, ATTENTION_KEYS = 64, ATTENTION_PAD = 8;
-constexpr int64_t attention_width(int64_t F) { return (F + ATTENTION_PAD - 1) / ATTENTION_PAD * ATTENTION_PAD; }
-
-// Whether a block keeps its scores from the first walk over the keys to the second: if they take 192 KiB at most, a
-// part of the second-level cache, and no cap asks for what they were before it. And of how many keys it holds them.
-constexpr bool attention_keeps(int64_t S, bool capped) { return S <= 1024 && !capped; }
-constexpr int64_t attention_scores(int64_t S, bool capped) {
-    return attention_keeps(S, capped) ? (S + ATTENTION_KEYS - 1) / ATTENTION_KEYS * ATTENTION_KEYS : ATTENTION_KEYS;
-}
-
-// Queries, keys or values of one head: (1+Q, rows, width), or (1, rows, width) where they do not move.
-struct AttentionInput {
-    const void* first;
-    int64_t stride_q, stride_t;
-    bool moves;
-};
-
-// The rows of one head from `begin` on, ATTENTION_ROWS of them or what is left.
-struct AttentionBlock {
-    AttentionInput q, k, v;  // (T, E), (S, E), (S, F)
-    const bool* seen;        // (T, S) of the mask by strides: true where a row may look; or null
-    const float* added;      // (T, S): what is added to the scores; or null
-    int64_t mask_stride_t, mask_stride_s;
-    void* out;  // (1+Q, T, F), written
-    int64_t out_stride_q;
-    int64_t T, S, E, F, Q, begin;
-    bool causal;
-    float scale, softcap;  // no cap: 0
-};
-
 // The functions that activation_delta knows, in the order of the loops.
 constexpr const char* ACTIVATIONS[] = {"relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu"};
 
@@ -186,6 +154,42 @@ struct HeadLoops {
     void (*after)(const HeadRow&, float* d, const float* gaps, const float* raw, ScaledSum&);
 };
 
+// A stack of heads (1+Q, B, H, T, E), or (1, B, H, T, E) where it does not move. Strides in numbers; a row's E numbers
+// lie side by side.
+struct HeadStack {
+    const void* first;
+    int64_t stride_q, stride_b, stride_h, stride_t;
+    bool moves;
+};
+
+// (B, H, T, Tk): a byte each, 0 where a row may not look, or a float32 each that is added; strides 0 where it is
+// shared.
+struct AttentionMask {
+    const void* first;  // null: there is none
+    bool boolean;
+    int64_t stride_b, stride_h, stride_t, stride_k;
+};
+
+struct Attention {
+    HeadStack q, k, v;  // of H, Hk and Hk heads, of T, Tk and Tk rows, of E, E and Ev numbers
+    AttentionMask mask;
+    void* y;  // (1+Q, B, H, T, Ev), side by side, written
+    int64_t Q, B, H, Hk, T, Tk, E, Ev;
+    float scale;
+    float softcap;  // 0: there is none
+    bool causal;
+};
+
+// Rows of queries that are worked on together: four of the widest vectors.
+constexpr int64_t ATTENTION_ROWS = 64;
+constexpr int64_t attention_blocks(const Attention& op) { return (op.T + ATTENTION_ROWS - 1) / ATTENTION_ROWS; }
+
+struct AttentionLoops {
+    int64_t (*room)(const Attention&);  // float32 numbers that `attend` needs, zeros at first
+    // Blocks [begin, end) of B H attention_blocks(op), the last of a head first.
+    void (*attend)(const Attention&, int64_t begin, int64_t end, float* room);
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
@@ -194,8 +198,7 @@ struct Kernels {
     // [function][type]: numbers [begin, end) of every row, begin being a whole number of vectors.
     void (*const (*activate)[2])(const ActivationRows&, int64_t begin, int64_t end);
     const SquaredErrorLoops* squared_error_delta;
-    // [type]: `room` is attention_room of numbers, not initialised, on a cache line's border.
-    void (*const* attention_delta)(const AttentionBlock&, float* room);
+    const AttentionLoops* attention_delta;  // [type]
     const HeadLoops* head;
     const PanelLoops* panels;                            // of float32 units
     const PanelLoops* pairs;                             // of bfloat16 units, or null

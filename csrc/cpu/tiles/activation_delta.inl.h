@@ -26,12 +26,6 @@ struct ActivationBuffers {
     }
 };
 
-// Out of the loop, which stays small: most changes are short, and where many are not the call costs little beside them.
-template <class F>
-__attribute__((noinline)) Vec mended(Vec by_series, Vec limit, Vec h, Vec d) {
-    return select_less(limit, abs(d), F::by_formula(h, d), by_series);
-}
-
 // Which rows a block of the gate brings: none, its value alone, or a change too.
 enum class Gate { none, still, moves };
 

@@ -15,6 +15,12 @@ struct Prepared {
 
 FINF_INLINE Vec series(const Prepared& p, Vec d) { return d * fma(fma(fma(p.c4, d, p.c3), d, p.c2), d, p.c1); }
 
+// Out of the loop, which stays small: most changes are short, and where many are not the call costs little beside them.
+template <class F>
+__attribute__((noinline)) Vec mended(Vec by_series, Vec limit, Vec h, Vec d) {
+    return select_less(limit, abs(d), F::by_formula(h, d), by_series);
+}
+
 FINF_INLINE Vec negative(Vec x) { return Vec(0.0f) - x; }
 FINF_INLINE Vec with_sign_of(Vec sign, Vec size) { return select_less(sign, Vec(0.0f), negative(size), size); }
 

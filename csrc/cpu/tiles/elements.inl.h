@@ -59,3 +59,18 @@ FINF_INLINE float to_float(Bf16 x) {
     __builtin_memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+// Rows become columns: zipping rows i and i + W/2 moves every number's lowest row bit to its lowest column bit.
+FINF_INLINE void transpose(Vec (&rows)[Vec::W]) {
+#pragma GCC unroll 4
+    for (int round = 1; round < Vec::W; round *= 2) {
+        Vec zipped[Vec::W];
+#pragma GCC unroll 8
+        for (int i = 0; i < Vec::W / 2; ++i) {
+            zipped[2 * i] = zip_low(rows[i], rows[i + Vec::W / 2]);
+            zipped[2 * i + 1] = zip_high(rows[i], rows[i + Vec::W / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < Vec::W; ++i) rows[i] = zipped[i];
+    }
+}

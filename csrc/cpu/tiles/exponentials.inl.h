@@ -38,7 +38,7 @@ FINF_INLINE Split split(Vec x) {
     return {n, fma(n, Vec(-LN2_LOW), fma(n, Vec(-LN2_HIGH), x))};
 }
 
-// e^x for x <= 0; zero at -inf.
+// e^x for x < 88; zero at -inf.
 FINF_INLINE Vec exp_of(Vec x) {
     const Split s = split(x);
     return scale(fma(polynomial(EXP, s.r), s.r, Vec(1.0f)), s.n);
