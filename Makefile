@@ -1,7 +1,7 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
 # make prove   the long proofs: every instruction set, packaging from scratch, interrupted runs
-# make sanitize  the tests of the operations on an extension built with ASan and UBSan (a part of prove)
+# make sanitize  the tests of the operations on an extension built with ASan and UBSan
 # make bench   the measurements behind README, into bench/results/
 # make lint    style of Python and C++
 #
@@ -42,7 +42,6 @@ test: $(VENV)/.installed
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())") && test -n "$$sets" && for isa in $$sets; do \
 	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
-	$(MAKE) sanitize
 	$(BIN)/python -m pytest -m prove
 
 # A copy of the package with an extension that ends the program at the first bad address or undefined step. Python itself

@@ -202,7 +202,7 @@ CASES += [
         IS((4,), 5),
         I((3, 1), 5),
     ),
-    case("where plain", lambda c, x, y: torch.where(c, x, y), BS((2, 3, 4)), P((3, 4)), P((4,))),
+    case("where plain", lambda c, x, y: torch.where(c, x, y), BS((2, 3, 4)), P((3, 4), tame=1.0), P((4,), tame=1.0)),
     case("where names", lambda c, x, y: torch.where(condition=c, input=x, other=y), B((2, 1, 4)), X, P((4,))),
     case("where broadcast", lambda c, x: torch.where(c, x, 0.0), B((2, 3, 4)), ROW),
     case("masked_fill", lambda x, m: (x.masked_fill(m, 2.0), torch.masked_fill(x, m, -1)), X, B((3, 4))),
