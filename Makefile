@@ -1,7 +1,7 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
 # make prove   the long proofs: every instruction set, packaging from scratch, interrupted runs
-# make sanitize  the tests of the operations on an extension built with ASan and UBSan (a part of prove)
+# make sanitize  the tests of the operations on an extension built with ASan and UBSan
 # make bench   the measurements behind README, into bench/results/
 # make lint    style of Python and C++
 #
@@ -42,7 +42,6 @@ test: $(VENV)/.installed
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())") && test -n "$$sets" && for isa in $$sets; do \
 	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
-	$(MAKE) sanitize
 	$(BIN)/python -m pytest -m prove
 
 # A copy of the package with an extension that ends the program at the first bad address or undefined step. Python itself
@@ -58,7 +57,9 @@ sanitize: $(VENV)/.installed
 	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
 	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider $(addprefix $(CURDIR)/,$(OP_TESTS))
 
-OP_TESTS := tests/test_cross_entropy_delta.py tests/test_segment_sum.py tests/test_topk_merge.py tests/test_tolerance.py
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta \
+  layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
+  topk_merge))
 
 bench: $(VENV)/.installed
 	for script in bench/bench_*.py; do $(BIN)/python $$script --save || exit 1; done

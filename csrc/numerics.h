@@ -56,4 +56,19 @@ FINF_HOST_DEVICE inline T smoothing_term(T epsilon, T at_target, T mean) {
     return mean == -HUGE_VAL ? T(HUGE_VAL) : epsilon * (at_target - mean);
 }
 
+// What a soft cap c lets through of a logit.
+template <class T>
+FINF_HOST_DEVICE inline T softcap(T c, T z) {
+    return c * tanh(z / c);
+}
+
+// How much that moves where the logit moves by d: sinh(d) sech(z) sech(z + d) without its overflows.
+template <class T>
+FINF_HOST_DEVICE inline T softcap_change(T c, T z, T d) {
+    const T y = 2 * z / c, y1 = y + 2 * d / c;
+    const T up = d > 0 ? y1 : y, low = d > 0 ? y : y1;
+    const T size = -expm1(-fabs(2 * d / c)) / ((1 + exp(-up)) * (1 + exp(low)));
+    return d > 0 ? 2 * c * size : -2 * c * size;
+}
+
 }  // namespace finf

@@ -6,6 +6,7 @@ branch that only some samples take) is scored by pairs alone, counted in the rec
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from finf_fast.delta import DeltaEngine, NotCarried
 from finf_fast.loss import Loss, Result
 from finf_fast.pair import PairEngine
 from finf_fast.planning import SHARE, Probe, free_bytes, out_of_memory, probe
+from finf_fast.skeleton import Guard, WritesWeights
 from finf_fast.update import Update
 
 __all__ = ["ENGINES", "Chosen", "choose_engine"]
@@ -39,7 +41,10 @@ class Carried:
 
     def score(self, batch: Any) -> Result:
         try:
-            return self._delta.score(batch)
+            found = self._delta.score(batch)
+            if not bool((found.delta.isnan() & found.base.isfinite()).any()):
+                return found
+            raise NotCarried("a change that is not a number")
         except Exception as error:  # a rule that fails on a legal model must not end a sweep that pairs can finish
             if out_of_memory(error):
                 raise
@@ -84,6 +89,24 @@ def choose_engine(
         NotCarried: ``engine="delta"`` and the model cannot be carried.
         ValueError: a dtype that the engine does not have.
     """
+    try:
+        with Guard(model):
+            return _choose(model, updates, loss, device, dtype, engine, keep, sample)
+    except WritesWeights:
+        private = copy.deepcopy(model)  # one that writes into its weights gets weights of its own
+        return _choose(private, updates, loss, device, dtype, engine, keep, sample)
+
+
+def _choose(
+    model: nn.Module,
+    updates: Sequence[Update],
+    loss: Loss,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    engine: str,
+    keep: int,
+    sample: Any,
+) -> Chosen:
     own = _own(model)
 
     def pair(reason: str) -> Chosen:
@@ -98,7 +121,7 @@ def choose_engine(
     try:
         runner, found, reason = _carried(model, updates, loss, device, dtype, own, sample)
     except Exception as error:  # what is wrong with the model or the batch itself, pairs will say in their turn
-        if engine == "delta" or out_of_memory(error):
+        if engine == "delta" or out_of_memory(error) or isinstance(error, WritesWeights):
             raise
         return pair(f"cannot be carried ({_said(error)})")
     if engine == "auto":

@@ -57,7 +57,9 @@ def find(body: Skeleton) -> list[Fold]:
     if not any(isinstance(m, NORMS) for m in module.modules()):
         return []
     try:
-        graph = fx.Tracer().trace(module)
+        tracer = fx.Tracer()
+        tracer.proxy_buffer_attributes = True  # a read of a norm's statistics past the norm is to be seen
+        graph = tracer.trace(module)
     except Exception:  # a model with Python control flow over its inputs: any error means "leave it as it is"
         return []
     modules = dict(module.named_modules())

@@ -8,12 +8,15 @@ tensor memory, and gives a body that may be put in eval mode, folded and swapped
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,22 @@ class Skeleton:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None, train: bool = False):
         _require_own_functions(model)
-        self.module = _copy(model, device, dtype).train(train)
+        self.module = _copy(model, device, dtype)
+        self._guard = Guard(self.module)
+        self.set_mode(train)
         config = getattr(self.module, "config", None)
         if getattr(config, "use_cache", None):  # Hugging Face would keep every layer's keys and values for a next token
             config.use_cache = False
         self.slots = _slots(model, self.module)
+
+    def set_mode(self, train: bool) -> None:
+        """Train or eval mode by the model's own method, unless that would write into the weights (LoRA that merges)."""
+        try:
+            with self._guard:
+                self.module.train(train)
+        except WritesWeights:
+            for module in self.module.modules():
+                module.training = train
 
     @property
     def buffers(self) -> list[str]:
@@ -69,6 +83,37 @@ class Skeleton:
     def base(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors now in place under these names."""
         return {name: self.slots[name].tensor for name in names}
+
+
+class WritesWeights(RuntimeError):
+    """A model is about to write into the weights that its user gave it."""
+
+
+class Guard(TorchFunctionMode):
+    """Inside this mode a write into one of the model's own parameters raises :class:`WritesWeights` before it happens.
+
+    A copy of the structure shares them, so a forward that clamps its weight would change the user's.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._own = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters() if p.numel()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = args[0] if args and writes(func) else kwargs.get("out")
+        for tensor in target if isinstance(target, (tuple, list)) else (target,):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.untyped_storage().data_ptr() in self._own:
+                raise WritesWeights(f"the model writes into its own {self._own[tensor.untyped_storage().data_ptr()]}")
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def writes(func: Any) -> bool:
+    """Whether a function of torch writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    dunder = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ipow__")
+    return name in dunder or (name.endswith("_") and not name.endswith("__"))
 
 
 def vocabulary(model: nn.Module) -> int | None:

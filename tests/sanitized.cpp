@@ -3,13 +3,22 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/activation_delta.h"
+#include "../csrc/cpu/attention_delta.h"
 #include "../csrc/cpu/cross_entropy_delta.h"
+#include "../csrc/cpu/group_norm_delta.h"
 #include "../csrc/cpu/isa/kernels.h"
+#include "../csrc/cpu/linear_cross_entropy_delta.h"
+#include "../csrc/cpu/layer_norm_delta.h"
+#include "../csrc/cpu/noise.h"
+#include "../csrc/cpu/rms_norm_delta.h"
 #include "../csrc/cpu/segment_sum.h"
+#include "../csrc/cpu/squared_error_delta.h"
 #include "../csrc/cpu/topk_merge.h"
 
 namespace {
@@ -55,8 +64,164 @@ void sum_and_rank(const std::vector<float>& delta, int64_t N, int64_t Q, std::mt
     }
 }
 
+// A head with every kind of change, or with a soft cap and a change of its bias alone.
+template <class T>
+void heads(int64_t N, int64_t D, int64_t V, int64_t Q, float step, bool capped, finf::DType dtype, std::mt19937& draw) {
+    const int64_t r = 3;
+    const std::vector<T> x = normal<T>(N * D, 1, draw), W = normal<T>(V * D, 1, draw);
+    const std::vector<T> dx = normal<T>(Q * N * D, step, draw), dW = normal<T>(Q * V * D, step, draw);
+    const std::vector<T> U = normal<T>(Q * V * r, step, draw);
+    const std::vector<float> R = normal<float>(Q * r * D, 1, draw), bias = normal<float>(V, 1, draw);
+    const std::vector<float> db = normal<float>(Q * V, step, draw);
+    std::vector<int64_t> target(N);
+    for (int64_t& t : target) t = draw() % 5 ? static_cast<int64_t>(draw() % V) : -100;
+    std::vector<float> base(N), delta(Q * N);
+    finf::LinearCrossEntropyDelta op = {};
+    op.dtype = op.dW_dtype = op.U_dtype = dtype;
+    op.x = x.data(), op.x_stride = D, op.W = W.data(), op.W_stride = D, op.target = target.data();
+    op.bias = bias.data(), op.db = db.data(), op.db_stride_q = V;
+    if (!capped) {
+        op.dx = dx.data(), op.dx_stride_q = N * D, op.dx_stride_n = D;
+        op.dW = dW.data(), op.dW_stride_q = V * D, op.dW_stride_v = D;
+        op.U = U.data(), op.U_stride_q = V * r, op.U_stride_v = r, op.R = R.data(), op.r = r;
+    }
+    op.base = base.data(), op.delta = delta.data(), op.delta_stride_q = N;
+    op.N = N, op.D = D, op.V = V, op.Q = Q, op.ignore_index = -100, op.threads = THREADS;
+    op.softcap = capped ? 20.0 : 0.0, op.label_smoothing = capped ? 0.1 : 0.0;
+    finf::linear_cross_entropy_delta(op);
+}
+
+void every_head() {
+    std::mt19937 draw(1);
+    for (int64_t D : {1, 16, 33})
+        for (int64_t V : {1, 13, 48, 97, 400, 4100})
+            for (int64_t N : {1, 23})
+                for (int64_t Q : {0, 1, 2})
+                    for (float step : {1e-3f, 10.0f})
+                        for (bool capped : {false, true}) {
+                            heads<float>(N, D, V, Q, step, capped, finf::DType::f32, draw);
+                            heads<finf::Bf16>(N, D, V, Q, step, capped, finf::DType::bf16, draw);
+                        }
+}
+
+// Norms with every parameter and with none, with and without a residual; N rows of D numbers, `run` to a parameter.
+template <class T>
+void norms(int64_t N, int64_t D, int64_t Q, int64_t run, finf::DType dtype, std::mt19937& draw) {
+    const std::vector<T> x = normal<T>((1 + Q) * N * D, 1, draw), residual = normal<T>(N * D, 1, draw);
+    const std::vector<float> weight = normal<float>(D / run, 1, draw), change = normal<float>(Q * D / run, 1, draw);
+    std::vector<T> y((1 + Q) * N * D), sum((1 + Q) * N * D);
+    finf::NormRows rows = {};
+    rows.x = x.data();
+    rows.x_stride_q = N * D;
+    rows.x_stride_n = rows.residual_stride_n = D;
+    rows.x_moves = Q > 0;
+    rows.y = y.data();
+    rows.N = N;
+    rows.D = D;
+    rows.Q = Q;
+    rows.groups = 1;
+    rows.run = run;
+    rows.eps = 1e-5;
+    finf::group_norm_delta(rows, dtype, THREADS);
+    finf::rms_norm_delta(rows, dtype, THREADS);
+    rows.weight = rows.bias = weight.data();
+    rows.dweight = rows.dbias = Q > 0 ? change.data() : nullptr;
+    finf::group_norm_delta(rows, dtype, THREADS);
+    if (run > 1) return;
+    rows.residual = residual.data();
+    rows.sum = sum.data();
+    finf::layer_norm_delta(rows, dtype, THREADS);
+}
+
+template <class T>
+void activations(int64_t M, int64_t Q, float step, finf::DType dtype, std::mt19937& draw) {
+    const std::vector<T> x = normal<T>((1 + Q) * M, step, draw), gate = normal<T>(M, 1, draw);
+    std::vector<T> y((1 + Q) * M);
+    for (const char* kind : finf::ACTIVATIONS) {
+        finf::activation_delta(kind, {x.data(), M, Q > 0, nullptr, 0, false, y.data(), M, Q, false}, dtype, THREADS);
+        finf::activation_delta(kind, {x.data(), M, Q > 0, gate.data(), 0, false, y.data(), M, Q, false}, dtype,
+                               THREADS);
+    }
+}
+
+template <class P, class Y>
+void errors(int64_t N, int64_t D, int64_t Q, finf::DType p_dtype, finf::DType y_dtype, std::mt19937& draw) {
+    const std::vector<P> p = normal<P>(N * D, 1, draw), dp = normal<P>(Q * N * D, 1, draw);
+    const std::vector<Y> y = normal<Y>(N * D, 1, draw);
+    std::vector<float> base(N), delta(Q * N);
+    finf::squared_error_delta({{p.data(), p_dtype, 0, D},
+                               {dp.data(), p_dtype, N * D, D},
+                               {y.data(), y_dtype, 0, D},
+                               base.data(),
+                               delta.data(),
+                               N,
+                               N,
+                               D,
+                               Q,
+                               THREADS});
+}
+
+template <class T>
+void row_operations(finf::DType dtype, std::mt19937& draw) {
+    for (int64_t D : {1, 3, 15, 16, 17, 64, 65, 1025, 2051})
+        for (int64_t Q : {0, 2}) {
+            for (int64_t run : {int64_t{1}, D}) norms<T>(70, D, Q, run, dtype, draw);
+            for (float step : {1e-3f, 10.0f}) activations<T>(D, Q, step, dtype, draw);
+            errors<T, float>(5, D, Q, dtype, finf::DType::f32, draw);
+            errors<T, finf::Bf16>(5, D, Q, dtype, finf::DType::bf16, draw);
+        }
+    activations<T>(140000, 1, 0.1f, dtype, draw);
+}
+
+void noises() {
+    const std::vector<int64_t> samples = {0, -1, int64_t{1} << 40};
+    for (int64_t M : {0, 1, 5, 255, 257, 40001}) {
+        std::vector<float> out(3 * M);
+        finf::noise({~uint64_t{0}, samples.data(), 0xffffffffu, out.data(), 3, M, THREADS});
+    }
+}
+
+// Heads beside each other in a row, as in (1+Q, B, T, H, E) transposed.
+finf::HeadStack heads(const void* first, int64_t B, int64_t T, int64_t H, int64_t E) {
+    return {first, B * T * H * E, T * H * E, E, H * E, true};
+}
+
+template <class T>
+void attend(int64_t rows, int64_t keys, int64_t E, int64_t Ev, float step, finf::DType dtype, std::mt19937& draw) {
+    constexpr int64_t B = 2, H = 2, Q = 2;
+    const std::vector<T> q = normal<T>((1 + Q) * B * rows * H * E, step, draw),
+                         k = normal<T>((1 + Q) * B * keys * E, step, draw),
+                         v = normal<T>((1 + Q) * B * keys * Ev, step, draw);
+    std::vector<uint8_t> seen(B * keys);
+    for (uint8_t& one : seen) one = draw() % 4 != 0;
+    const std::vector<float> added = normal<float>(rows * keys, 1, draw);
+    std::vector<T> y((1 + Q) * B * H * rows * Ev);
+    const finf::AttentionMask masks[] = {
+        {nullptr, false, 0, 0, 0, 0}, {seen.data(), true, keys, 0, 0, 1}, {added.data(), false, 0, 0, keys, 1}};
+    for (const finf::AttentionMask& mask : masks)
+        finf::attention_delta(
+            {heads(q.data(), B, rows, H, E), heads(k.data(), B, keys, 1, E), heads(v.data(), B, keys, 1, Ev), mask,
+             y.data(), Q, B, H, 1, rows, keys, E, Ev, 1.0f, draw() % 2 ? 5.0f : 0.0f, draw() % 2 == 0},
+            dtype, THREADS);
+}
+
+void attend_everywhere(std::mt19937& draw) {
+    for (int64_t rows : {1, 17, 63, 64, 65, 130})
+        for (int64_t keys : {1, 63, 64, 65, 130})
+            for (int64_t E : {1, 16, 33})
+                for (float step : {1e-2f, 1.0f, 10.0f}) {
+                    attend<float>(rows, keys, E, 34 - E, step, finf::DType::f32, draw);
+                    attend<finf::Bf16>(rows, keys, E, 34 - E, step, finf::DType::bf16, draw);
+                }
+}
+
 void everything() {
+    every_head();
     std::mt19937 draw(0);
+    attend_everywhere(draw);
+    row_operations<float>(finf::DType::f32, draw);
+    row_operations<finf::Bf16>(finf::DType::bf16, draw);
+    noises();
     for (int64_t V : {1, 2, 15, 16, 17, 63, 64, 65, 100, 2047, 2048, 2049, 4100})
         for (int64_t N : {1, 3, 70})
             for (int64_t Q : {0, 1, 3})

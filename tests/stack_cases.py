@@ -6,7 +6,7 @@ from exactly the numbers that the operation got.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -78,6 +78,23 @@ def check(
     for q in range(Q):
         error = relative(out[1 + q], f(q) - before)
         assert error <= bound, f"query {q}: relative error {error:.1e}, bound {bound:.1e}"
+
+
+def with_threads(f: Callable[[], Tensor]) -> list[Tensor]:
+    """What f gives on 1, 2, 3 and 7 threads."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(f())
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def same_bits(found: Sequence[Tensor]) -> bool:
+    """Whether all are the same to the bit, NaN included."""
+    return all(torch.equal(found[0].view(torch.uint8), x.view(torch.uint8)) for x in found[1:])
 
 
 def apart(x: Tensor) -> Tensor:

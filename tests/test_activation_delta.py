@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import mpmath
 import numpy as np
@@ -13,7 +14,21 @@ from checks import face_fixture
 from finf_fast.ops import activation_delta
 from finf_fast.ops.activation_delta import KINDS
 from finf_fast.reference.changes import CHANGES, VALUES
-from stack_cases import BOUNDS, LONG, SIZES, apart, at, check, draw, exact, make_stack, relative, sizes
+from stack_cases import (
+    BOUNDS,
+    LONG,
+    SIZES,
+    apart,
+    at,
+    check,
+    draw,
+    exact,
+    make_stack,
+    relative,
+    same_bits,
+    sizes,
+    with_threads,
+)
 
 dtype = face_fixture("activation_delta")
 
@@ -65,6 +80,77 @@ def test_pieces_meet(dtype, monkeypatch):
     for piece in (1, 3 * 7, 3 * 50, 3 * 75, 3 * 150):
         monkeypatch.setattr(page, "_PIECE", piece)
         torch.testing.assert_close(activation_delta(stack, "gelu_tanh"), whole)
+
+
+# Vectors hold up to 16 numbers, blocks 1024, tasks 2^17 with all changes: one short, exact, one more, several.
+@pytest.mark.parametrize("M", [1, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 2 * 1024 + 5, 48 * 1024 + 3])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_width(dtype, M, gated):
+    stack, gate = (make_stack(2, M, size=1e-2, dtype=dtype, seed=s) for s in (0, 5))
+    out = activation_delta(stack, "silu", gate if gated else None)
+    check(out, lambda q: TRUE["silu"](at(stack, q)) * (at(gate, q) if gated else 1), 2, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_number_depends_on_nothing_but_its_place(dtype, kind):
+    """Not on whether a neighbour's change is large, nor on threads."""
+    if os.environ["FINF_BACKEND"] == "reference":
+        pytest.skip("plain torch chooses a formula for a whole piece at a time")
+    stack = make_stack(2, 90_000, size=1e-2, dtype=dtype)
+    calm = activation_delta(stack, kind)
+    stack[1, ::7] *= 1000
+    stirred = with_threads(lambda: activation_delta(stack, kind))
+    kept = torch.arange(90_000) % 7 != 0
+    assert same_bits(stirred) and torch.equal(stirred[0][:, kept], calm[:, kept])
+
+
+FAR = [-30.0, -9.0, -3.0, -1.2785, -0.7518, -0.1, 0.0, 1e-3, 0.5, 2.0, 6.0, 12.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_number_by_itself(dtype, kind):
+    """In the tails, through the minima, across 0, over every size of change: right to what its own terms round to."""
+    if dtype not in (torch.float32, torch.float64):
+        pytest.skip("the result's own rounding hides it")
+    steps = [s * 10.0**-k for k in range(10) for s in (1, -1, 3, -3, 6, -6)] + [20.0, -20.0, 60.0, -60.0]
+    h, d = torch.tensor(FAR, dtype=dtype), torch.tensor(steps, dtype=dtype)
+    stack = torch.cat([h[None], d[:, None].expand(-1, len(FAR))])
+    out = activation_delta(stack, kind)
+    for q in range(len(steps)):
+        x0, x1 = at(stack, None), at(stack, q)
+        true = TRUE[kind](x1) - TRUE[kind](x0)
+        # What the exponent brings along, x^2 / 2 or (gelu_tanh) x^3 / 14 with some roundings: in truth, which is a
+        # difference in 64 bits, and in the result; and the two terms of a product, d s and x1 (s1 - s0).
+        size = np.maximum(np.abs(x0), np.abs(x1))
+        doubt = (64 + size**3) * np.finfo(LONG).eps * (np.abs(TRUE[kind](x1)) + np.abs(TRUE[kind](x0)))
+        terms = np.abs(true) * (8 + size**2 + (size**3 / 5 if kind == "gelu_tanh" else 0))
+        gate = np.abs(exact(d)[q] * slope_scale(kind, x0, x1))
+        error = np.abs(exact(out[1 + q]) - true)
+        tiny = float(torch.finfo(dtype).tiny)
+        allowed = 2 * torch.finfo(dtype).eps * (terms + 8 * gate) + doubt + tiny
+        assert (error <= allowed).all(), f"change {steps[q]}: at {h[torch.from_numpy(error > allowed)].tolist()}"
+
+
+def slope_scale(kind, x0, x1):
+    """What the terms of x gate(x)'s change add up to, over its argument's: at most the gate at its larger end."""
+    if kind in ("relu", "tanh", "sigmoid"):
+        return np.zeros_like(x0)
+    top = np.maximum(x0, x1)
+    return np.where(top > 0, 1, np.abs(TRUE[kind](top)) * (1 + np.abs(top)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinities_and_nan(dtype, kind):
+    """A NaN stays where it is; a value at infinity gives the limit where torch's own function does."""
+    stack = torch.zeros(2, 40, dtype=dtype)
+    stack[0, 3], stack[1, 20], stack[0, 25], stack[0, 30] = torch.nan, torch.nan, torch.inf, -torch.inf
+    out = activation_delta(stack, kind)
+    value = VALUES[kind](stack[0].double())
+    assert out[:, 3].isnan().all() and out[1, 20].isnan() and out[0, 20] == value[20]
+    if kind in ("relu", "tanh", "sigmoid"):
+        assert out[0, 25] == value[25] and out[0, 30] == value[30] and out[1, [25, 30]].eq(0).all()
+    others = [i for i in range(40) if i not in (3, 20, 25, 30)]
+    assert out[1, others].eq(0).all() and torch.equal(out[0, others].double(), value[others])
 
 
 def test_no_change_is_exactly_zero(dtype):

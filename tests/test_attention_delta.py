@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 
 import numpy as np
 import pytest
@@ -161,6 +162,160 @@ def test_pieces_meet(dtype, monkeypatch, piece, causal):
     """One row of queries a piece, two, four with a ragged end, all."""
     monkeypatch.setattr(page, "_PIECE", piece)
     held(stacks(0.1, dtype), dtype, causal=causal, mask=MASKS["each"]())
+
+
+# The compiled loops: blocks of 64 rows in vectors of 4, 8 or 16; tiles of 64 keys in fours; heads in vectors. One
+# under, exactly one, one over, several.
+EDGES = [(T, Tk, 16, 8) for T in (1, 15, 16, 17, 33, 63, 64, 65, 129) for Tk in (1, 63, 64, 65)] + [(150, 200, 16, 8)]
+EDGES += [(5, 6, E, Ev) for E, Ev in [(1, 1), (3, 5), (4, 17), (15, 16), (16, 15), (17, 4), (65, 72)]]
+
+
+@pytest.mark.parametrize("T, Tk, E, Ev", EDGES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_edges_of_blocks(dtype, T, Tk, E, Ev, causal):
+    held(stacks(0.1, dtype, B=1, H=2, Hk=1, T=T, Tk=Tk, E=E, Ev=Ev), dtype, causal=causal)
+
+
+@pytest.mark.parametrize("Q", [(2, 0, 0), (0, 2, 0), (0, 0, 2), (2, 2, 2)])
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"softcap": 3.0, "causal": True}, {"scale": 0.5}])
+def test_options_from_tile_to_tile(dtype, Q, options):
+    held(stacks(0.1, dtype, Q=Q, T=70, Tk=140), dtype, **options)
+
+
+LONG_MASKS = {
+    "rising": lambda: torch.linspace(0, 30, 200),  # a new leader in every tile
+    "falling": lambda: torch.linspace(0, -200, 200),
+    "right padding": lambda: (torch.arange(200) < 70)[None],
+    "left padding": lambda: (torch.arange(200) > 130)[None],
+    "stripes": lambda: (torch.arange(200) // 64 % 2 == 0)[None],
+    "triangle": lambda: torch.ones(90, 200, dtype=torch.bool).tril(),
+    "lowest": lambda: torch.zeros(90, 200).masked_fill(~torch.ones(90, 200).tril().bool(), -3.4028234663852886e38),
+    "each": lambda: draw(2, 4, 90, 200) > 1,
+    "each added": lambda: draw(2, 4, 90, 200),
+}
+
+
+@pytest.mark.parametrize("name", LONG_MASKS)
+@pytest.mark.parametrize("size", [1e-6, 0.1])
+def test_masks_from_tile_to_tile(dtype, name, size):
+    """Hidden tiles first, last and between; leaders that come late."""
+    if size not in sizes(dtype):
+        pytest.skip("float16 cannot hold it")
+    mask = LONG_MASKS[name]()
+    mask = mask if mask.dtype == torch.bool else mask.float()
+    held(stacks(size, dtype, T=90, Tk=200), dtype, size, mask=mask, slack=4 if name == "rising" else 1)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3])
+def test_leaders_that_move_more_than_all_others(dtype, size):
+    """Changes are counted from the leader's: one of another size, in an early tile or a late one, costs nothing."""
+    if size not in sizes(dtype):
+        pytest.skip("float16 cannot hold it")
+    for key in (0, 100):
+        q, k, v = stacks(size, dtype, T=70, Tk=140)
+        k[1:, :, :, key] *= 100
+        mask = torch.zeros(140)
+        mask[key] = 5
+        held([q, k, v], dtype, size, mask=mask, slack=2)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1])
+def test_values_far_from_zero(dtype, size):
+    """What all values have in common does not change, however scores do; of 140 nearly equal weights little is left."""
+    if size not in sizes(dtype):
+        pytest.skip("float16 cannot hold it")
+    q, k, v = stacks(size, dtype, Q=(2, 2, 0), T=70, Tk=140, base=0.5)
+    v[0] += 3
+    # Twice the units that the values' distance from zero costs in any order of sums.
+    held([q, k, v], dtype, size, slack=6)
+
+
+@pytest.mark.parametrize("gain", [10, 25, 50, 65, 100])
+@pytest.mark.parametrize("key", [0, 10, 100])
+@pytest.mark.parametrize("before", [0.0, -40.0])
+def test_one_key_takes_all(dtype, gain, key, before):
+    """Below and above what the sums of a change hold, in the first tile and in a later one; and back again."""
+    q, k, v = stacks(1e-2, dtype, Q=(0, 2, 2), T=70, Tk=140, base=0.1)
+    q[0, ..., 0], k[0, ..., 0] = 4, 0
+    k[1:, ..., 0] = 0
+    k[1, :, :, key, 0], k[2, :, :, key, 0] = gain, -gain  # the scale is 1/4
+    mask = torch.zeros(140)
+    mask[key] = before
+    options = {"mask": mask}
+    out = attention_delta(q, k, v, **options)
+    assert out.isfinite().all()
+    held([q, k, v], dtype, slack=20, **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_late_key_leaps(dtype, softcap, causal):
+    """In the last tile of several, for some rows only."""
+    q, k, v = stacks(1e-2, dtype, B=1, H=2, Hk=1, T=50, Tk=200)
+    k[1, :, :, 190] = 12
+    held([q, k, v], dtype, slack=100, softcap=softcap, causal=causal)
+
+
+def compiled_only():
+    if os.environ["FINF_BACKEND"] != "cpp":
+        pytest.skip("the plain face leaves it to torch")
+
+
+def test_a_nan_stays_in_its_row(dtype):
+    q, k, v = stacks(0.1, dtype, T=70, Tk=140)
+    q[0, 0, 1, 50, 3], q[1, 1, 2, 7, 0] = math.nan, math.nan
+    out = attention_delta(q, k, v)
+    broken = torch.zeros_like(out, dtype=torch.bool)
+    broken[:, 0, 1, 50], broken[1, 1, 2, 7] = True, True
+    assert torch.equal(out.isnan(), broken)
+    clean = attention_delta(q.nan_to_num(0), k, v)
+    torch.testing.assert_close(out[~broken], clean[~broken], rtol=2e-2, atol=1e-5)  # its neighbours take longer forms
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 2.0}])
+def test_the_same_bits_from_any_number_of_threads(dtype, options):
+    compiled_only()
+    qkv, before = stacks(0.1, dtype, T=200, Tk=200), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(attention_delta(*qkv, **options))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_queries_do_not_touch_each_other(dtype):
+    compiled_only()
+    qkv = stacks(0.1, dtype, Q=(3, 3, 3), T=70, Tk=140)
+    together = attention_delta(*qkv, causal=True)
+    for n in range(3):
+        alone = attention_delta(*(x[[0, 1 + n]] for x in qkv), causal=True)
+        assert torch.equal(alone[0], together[0])
+        assert torch.equal(alone[1], together[1 + n])
+
+
+def some_of_everything():
+    """For a process with an instruction set of its own: the compiled face, held to the same bounds."""
+    for taken in (torch.float32, torch.bfloat16):
+        for edge in EDGES[::2]:
+            test_edges_of_blocks(taken, *edge, True)
+        for name in LONG_MASKS:
+            test_masks_from_tile_to_tile(taken, name, 0.1)
+        for gain in (10, 50, 100):
+            test_one_key_takes_all(taken, gain, 100, 0.0)
+        test_options_from_tile_to_tile(taken, (2, 2, 2), {"softcap": 3.0, "causal": True})
+        test_the_same_bits_from_any_number_of_threads(taken, {"causal": True})
+
+
+def test_every_instruction_set():
+    from test_isa import ISAS, in_process
+
+    for isa in ISAS:
+        code = "import os; os.environ['FINF_BACKEND'] = 'cpp'; import test_attention_delta as t; t.some_of_everything()"
+        done = in_process(code, isa)
+        assert done.returncode == 0, f"{isa}: {done.stderr[-4000:]}"
 
 
 def test_no_change_is_exactly_zero(dtype):

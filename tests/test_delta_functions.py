@@ -154,11 +154,16 @@ SMOOTH = (
 )
 
 
+def gelu_with_its_tail(x):
+    """Truth by erfc: torch's own gelu, 1 + erf, is 0 from -8.3 down."""
+    return F.gelu(x) if isinstance(x, Stack) else x * torch.special.erfc(-x * 0.5**0.5) / 2
+
+
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
 def test_each_tail_by_itself(name, size, dtype):
-    f = UNARY[name][1]
+    f = gelu_with_its_tail if name == "gelu" else UNARY[name][1]
     for h in TAILS:
         stacked = torch.cat([h.view(1, 1), size * torch.tensor([[1.0], [-1.0], [0.3]], dtype=torch.float64)])
         check(f, [of_stack(stacked.to(dtype))], dtype)

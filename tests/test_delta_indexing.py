@@ -144,7 +144,7 @@ CASES = [
     case("embedding of a stack", lambda i, w: (torch.embedding(w, i), F.embedding(i, w)), I((2, 3), 7), S((7, 5))),
     case("embedding_bag", lambda i, w: F.embedding_bag(i, w), I((2, 3), 7), TABLE["dense"], slack=10),
     case("masked_fill by a route", lambda x, i: x.masked_fill(i == 2, 0.5), X, IS((4, 1), 4)),
-    case("where by a route", lambda x, i, y: torch.where(i > 1, x, y), X, IS((4, 1), 4), P((6,))),
+    case("where by a route", lambda x, i, y: torch.where(i > 1, x, y), X, IS((4, 1), 4), P((6,), tame=1.0)),
     case("masked rows", lambda x, m: (x[m].sum(), x * m, x.masked_fill(~m, 0)), S((4,)), B((4,)), sums=True),
     case(
         "casts to integers",

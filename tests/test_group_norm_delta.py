@@ -10,7 +10,7 @@ import torch
 
 from checks import face_fixture
 from finf_fast.ops import group_norm_delta
-from stack_cases import SIZES, apart, at, check, draw, make_stack, moved, sizes
+from stack_cases import SIZES, apart, at, check, draw, make_stack, moved, same_bits, sizes, with_threads
 
 dtype = face_fixture("group_norm_delta")
 
@@ -47,6 +47,23 @@ def test_space_of_any_dimension(dtype, space, groups):
     stack = make_stack(2, 2, 8, *space, size=0.1, dtype=dtype)
     out = group_norm_delta(stack, groups, eps=1e-2)
     check(out, lambda q: true_norm(at(stack, q), groups, None, None, 1e-2), 2, dtype)
+
+
+# Space that one parameter covers: around the vectors' widths; with it groups past the 2048 that are summed at once.
+@pytest.mark.parametrize("S", [1, 3, 15, 16, 17, 49, 64, 65, 800])
+@pytest.mark.parametrize("changed", [False, True])
+def test_every_width(dtype, S, changed):
+    stack = make_stack(2, 3, 6, S, size=0.1, dtype=dtype)
+    w, b, dw, db = params(6, 2, 0.1, dtype)
+    dw, db = (dw, db) if changed else (None, None)
+    out = group_norm_delta(stack, 2, w, b, dweight=dw, dbias=db, eps=0.5)
+    check(out, lambda q: true_norm(at(stack, q), 2, moved(w, dw, q), moved(b, db, q), 0.5), 2, dtype)
+
+
+def test_same_bits_for_any_number_of_threads(dtype):
+    stack = make_stack(2, 40, 12, 7, 7, size=0.1, dtype=dtype)
+    w, b, dw, db = params(12, 2, 0.1, dtype)
+    assert same_bits(with_threads(lambda: group_norm_delta(stack, 3, w, b, dweight=dw, dbias=db)))
 
 
 def test_only_the_parameters_move(dtype):

@@ -6,6 +6,7 @@ tensors is left out on purpose, so that what fails here is the compiled code.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import subprocess
@@ -53,6 +54,19 @@ def cross_entropy_delta(z, dz, target, *, smoothing=0.0, threads=2):
     return base, delta
 
 
+def linear_cross_entropy_delta(x, dx, W, target, *, dW=None, U=None, R=None, bias=None, softcap=0.0, threads=2):
+    (Q, N, D), V = dx.shape, len(W)
+    base, delta = np.full(N, np.nan, np.float32), np.full((Q, N), np.nan, np.float32)
+    where = [0 if y is None else address(y) for y in (bias, dW, U, R)]
+    r, code = 0 if R is None else R.shape[1], int(x.dtype == np.uint16)
+    _C.linear_cross_entropy_delta(
+        *(code, address(x), D, address(dx), N * D, D, address(W), D, address(target), where[0], 0, 0),
+        *(where[1], code, V * D, D, where[2], code, V * r, r, where[3], r),
+        *(address(base), address(delta), N, N, D, V, Q, softcap, IGNORED, 0.0, threads),
+    )
+    return base, delta
+
+
 def segment_sum(values, offsets, *, threads=2):
     (Q, N), S = values.shape, len(offsets) - 1
     out = np.full((Q, S), np.nan, values.dtype)
@@ -83,6 +97,54 @@ def draw(V, lead, step, bf16, rows=6, queries=2):
     return (to_bf16(z), to_bf16(dz), target) if bf16 else (z, dz, target)
 
 
+# Of the head: D around the units of a vector, V around a strip (12, 24, 48), a panel (384) and a part (2048).
+HEADS = [(1, 47, 5), (16, 48, 8), (33, 49, 9), (31, 400, 17), (7, 4500, 9)]
+
+
+def draw_head(D, V, N, lead, step, bf16, queries=2, rank=3):
+    """x, dx, W, target, and a dense and a low-rank change of W."""
+    rng = np.random.default_rng([D, V, lead, int(step * 1e6)])
+    W, target = rng.standard_normal((V, D)), rng.integers(V, size=N)
+    x = rng.standard_normal((N, D)) + lead * W[target] / np.square(W[target]).sum(1, keepdims=True)
+    changes = [step * rng.standard_normal(shape) for shape in ((queries, N, D), (queries, V, D), (queries, V, rank))]
+    R = rng.standard_normal((queries, rank, D)).astype(np.float32)
+    x, W, dx, dW, U = (to_bf16(y.astype(np.float32)) if bf16 else y.astype(np.float32) for y in (x, W, *changes))
+    return x, dx, W, target, dW, U, R
+
+
+def true_head(x, dx, W, target, dW=None):
+    x, dx, W = (to_float(y).astype(np.longdouble) for y in (x, dx, W))
+    moved = np.stack([W] * len(dx)) if dW is None else W + dW
+    base = long_loss(x @ W.T, target)
+    return base, np.stack([long_loss((x + dx[q]) @ moved[q].T, target) - base for q in range(len(dx))])
+
+
+@functools.cache  # one for all sets
+def head_truths(case):
+    """Largest logit, then base and changes of the heads that `run_heads` runs."""
+    x, dx, W, target, dW, U, R = draw_head(*case)
+    low = np.einsum("qvr,qrd->qvd", to_float(U).astype(np.longdouble), R.astype(np.longdouble))
+    truths = [true_head(x, dx, W, target, change) for change in (None, to_float(dW).astype(np.longdouble), low)]
+    return np.abs(to_float(x) @ to_float(W).T).max(), truths[0][0], [delta for _, delta in truths]
+
+
+def head_cases():
+    return [
+        (*shape, lead, step, bf16)
+        for shape in HEADS
+        for lead in (0, 12)
+        for step in STEPS[1:]
+        for bf16 in (False, True)
+    ]
+
+
+def run_heads(case):
+    """Base and changes of the plain head, of one with a dense change of W, and of one with a change of low rank."""
+    x, dx, W, target, dW, U, R = draw_head(*case)
+    runs = [linear_cross_entropy_delta(x, dx, W, target, **more) for more in ({}, {"dW": dW}, {"U": U, "R": R})]
+    return runs[0][0], np.stack([delta for _, delta in runs])
+
+
 def cases():
     return [(V, lead, step, bf16) for V in WIDTHS for lead in LEADS for step in STEPS for bf16 in (False, True)]
 
@@ -108,6 +170,8 @@ def everything() -> dict[str, np.ndarray]:
     for V, lead, step, bf16 in cases():
         name = f"{V} {lead} {step} {bf16}"
         found[f"base {name}"], found[f"delta {name}"] = cross_entropy_delta(*draw(V, lead, step, bf16))
+    for case in head_cases():
+        found[f"head base {case}"], found[f"head delta {case}"] = run_heads(case)
     rng = np.random.default_rng(0)
     offsets = np.cumsum([0, *SEGMENTS])
     for dtype in (np.float32, np.float64):
@@ -173,6 +237,22 @@ def test_each_set_holds_the_bounds(results, isa, V):
             assert error <= DELTA_BOUND * np.sqrt(np.sum(delta[q] ** 2)), f"{name} query {q}"
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", HEADS)
+def test_each_set_holds_the_bounds_of_the_head(results, isa, shape):
+    for case in [case for case in head_cases() if case[:3] == shape]:
+        largest, true_base, true_deltas = head_truths(case)
+        reach = largest + case[4]  # an exponent carries its size into the rounding
+        base = results[isa][f"head base {case}"]
+        assert np.all(np.abs(base - true_base) <= 1e-6 * (1 + reach) * true_base), case
+        for form, delta in enumerate(true_deltas):
+            # x + dx is rounded to bfloat16 before a dense change of its type.
+            bound = 6e-3 if case[5] and form == 1 and isa == "avx512_bf16" else 4e-7 * (1 + reach)
+            change = results[isa][f"head delta {case}"][form]
+            error = np.sqrt(np.square(change - delta).sum(1))
+            assert np.all(error <= bound * np.sqrt(np.square(delta).sum(1))), (case, form)
+
+
 def test_sums_and_ranks_have_the_same_bits_on_every_set(results):
     for isa in ISAS[1:]:
         for name in (key for key in results[isa] if key.startswith(("sum", "top"))):
@@ -193,6 +273,10 @@ def test_thread_count_does_not_change_a_bit(threads):
     alone = cross_entropy_delta(z, dz, target, threads=1)
     for one, many in zip(alone, cross_entropy_delta(z, dz, target, threads=threads), strict=True):
         assert np.array_equal(one.view(np.uint32), many.view(np.uint32))
+    x, dx, W, targets, _, U, R = draw_head(9, 4500, 700, 0, 3.0, False)  # several blocks and parts, some rows far
+    one, many = (linear_cross_entropy_delta(x, dx, W, targets, U=U, R=R, threads=count) for count in (1, threads))
+    assert np.array_equal(one[0], many[0])
+    assert np.array_equal(one[1], many[1])
     values, offsets = z.reshape(1, -1), np.arange(0, z.size + 1, 250)
     assert np.array_equal(segment_sum(values, offsets, threads=1), segment_sum(values, offsets, threads=threads))
     one, many = topk(dz[0], 50, block=300, threads=1), topk(dz[0], 50, block=300, threads=threads)
@@ -307,6 +391,34 @@ def test_a_wrong_argument_is_named_and_nothing_is_written():
         _C.cross_entropy_delta(**good)
     assert np.all(base == 7)
     assert np.all(delta == 7)
+
+
+def test_a_wrong_argument_of_the_head_is_named():
+    x, dx, W, target, *_ = draw_head(5, 9, 6, 0, 1e-3, False)
+    base, delta = np.full(6, 7, np.float32), np.full((2, 6), 7, np.float32)
+    good = {
+        **{"dtype": 0, "x": address(x), "x_stride": 5, "dx": address(dx), "dx_stride_q": 30, "dx_stride_n": 5},
+        **{"W": address(W), "W_stride": 5, "target": address(target), "bias": 0, "db": 0, "db_stride_q": 0},
+        **{"dW": 0, "dW_dtype": 0, "dW_stride_q": 0, "dW_stride_v": 0},
+        **{"U": 0, "U_dtype": 0, "U_stride_q": 0, "U_stride_v": 0, "R": 0, "r": 0},
+        **{"base": address(base), "delta": address(delta), "delta_stride_q": 6, "N": 6, "D": 5, "V": 9, "Q": 2},
+        **{"softcap": 0.0, "ignore_index": IGNORED, "label_smoothing": 0.0, "threads": 1},
+    }
+    wrong = [("x", 0), ("W", 0), ("dtype", 2), ("N", -1), ("V", 0), ("threads", 0), ("delta_stride_q", 5), ("r", -1)]
+    for name, value in [*wrong, ("softcap", -1.0), ("label_smoothing", 1.5), ("label_smoothing", float("nan"))]:
+        with pytest.raises(ValueError, match=rf"^{name}: wanted .*, got "):
+            _C.linear_cross_entropy_delta(**{**good, name: value})
+    target[4] = 9
+    with pytest.raises(IndexError, match="target: wanted 0 to 8 or ignore_index -100, got 9 in row 4"):
+        _C.linear_cross_entropy_delta(**good)
+    assert np.all(base == 7)
+    assert np.all(delta == 7)
+
+
+def test_peak_is_that_of_a_processor():
+    assert 1 < _C.fma_peak("fp32") <= 1.2 * _C.fma_peak("bf16") < 10_000
+    with pytest.raises(ValueError, match="kind: wanted fp32 or bf16, got int8"):
+        _C.fma_peak("int8")
 
 
 def test_build_info_names_compiler_and_version():

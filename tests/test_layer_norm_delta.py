@@ -11,7 +11,7 @@ import torch
 from checks import face_fixture
 from finf_fast.ops import layer_norm_delta
 from finf_fast.reference import normalize
-from stack_cases import SIZES, apart, at, check, draw, make_stack, moved, sizes
+from stack_cases import SIZES, apart, at, check, draw, make_stack, moved, same_bits, sizes, with_threads
 
 dtype = face_fixture("layer_norm_delta")
 
@@ -101,6 +101,69 @@ def test_pieces_meet(dtype, monkeypatch, piece):
     monkeypatch.setattr(importlib.import_module("finf_fast.reference.layer_norm_delta"), "PIECE", piece)
     torch.testing.assert_close(layer_norm_delta(stack), whole)
     assert normalize.PIECE > 3 * 8 * 5
+
+
+# Vectors hold up to 16 numbers, four of them are worked on together, sums run over 2048: one short, exact, one more.
+@pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 63, 64, 65, 127, 2047, 2048, 2049, 4131])
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_width(dtype, D, residual):
+    stack, other = make_stack(2, 3, D, size=0.1, dtype=dtype), make_stack(2, 3, D, size=0.1, dtype=dtype, seed=7)
+    w, b, dw, db = params(D, 2, 0.1, dtype)
+    out = layer_norm_delta(stack, w, b, dweight=dw, dbias=db, residual=other if residual else None, eps=0.5)
+    out = out[0] if residual else out
+
+    def value(q):
+        return at(stack, q) + at(other, q) if residual else at(stack, q)
+
+    check(out, lambda q: true_norm(value(q), moved(w, dw, q), moved(b, db, q), 0.5), 2, dtype)
+
+
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("Q", [0, 1, 5])
+def test_every_number_of_rows(dtype, N, Q):
+    """A task takes as many rows as hold 2^15 values or 2^17 numbers, here 32 or fewer."""
+    stack = make_stack(Q, N, 1024, size=1e-2, dtype=dtype)
+    out = layer_norm_delta(stack)
+    check(out, lambda q: true_norm(at(stack, q), None, None), Q, dtype)
+    alone = layer_norm_delta(stack[:, N - 1 :])
+    torch.testing.assert_close(out[:, N - 1 :], alone, rtol=0, atol=0)
+
+
+def test_same_bits_for_any_number_of_threads(dtype):
+    stack, other = make_stack(2, 300, 257, size=0.1, dtype=dtype), make_stack(2, 300, 257, size=0.1, dtype=dtype)
+    w, b, dw, db = params(257, 2, 0.1, dtype)
+    assert same_bits(with_threads(lambda: layer_norm_delta(stack, w, b, dweight=dw, dbias=db, residual=other)[0]))
+
+
+@pytest.mark.parametrize("shared, left, slack", [(100.0, 1.0, 2e3), (1.0, 1e-3, 300), (0.0, 1e-3, 300)])
+def test_changes_whose_sums_would_cancel(dtype, shared, left, slack):
+    """A change all but the same everywhere, and one that leaves next to nothing of the row.
+
+    A mean of 100 is known to 4e-6, 1 part in 3000 of what differs; and a row 100 times smaller has an r as much larger.
+    """
+    if dtype in (torch.bfloat16, torch.float16):
+        pytest.skip("half types cannot hold a small spread around a large common part")
+    h, noise = draw(1, 4, 96, dtype=dtype), draw(2, 4, 96, dtype=dtype, size=1e-2, seed=1)
+    stack = torch.cat([h, noise + shared - (1 - left) * h])
+    check(layer_norm_delta(stack), lambda q: true_norm(at(stack, q), None, None), 2, dtype, slack=slack)
+
+
+def test_a_result_past_the_cache_is_the_same(dtype):
+    """Above 16 MiB the compiled face writes another way."""
+    stack = make_stack(1, 6000, 704, size=0.1, dtype=dtype)
+    out = layer_norm_delta(stack)
+    torch.testing.assert_close(layer_norm_delta(stack[:, 1000:1500]), out[:, 1000:1500], rtol=0, atol=0)
+
+
+def test_nan_stays_in_its_row(dtype):
+    stack = make_stack(2, 40, 33, size=0.1, dtype=dtype)
+    clean = layer_norm_delta(stack)
+    stack[0, 3, 32], stack[2, 17, 0], stack[1, 20, 5] = torch.nan, torch.nan, torch.inf
+    out = layer_norm_delta(stack)
+    assert out[:, 3].isnan().all() and out[2, 17].isnan().all() and out[1, 20].isnan().all()
+    for q, n in [(0, 3), (1, 3), (2, 3), (2, 17), (1, 20)]:
+        out[q, n] = clean[q, n]
+    torch.testing.assert_close(out, clean, rtol=0, atol=0)
 
 
 def test_no_change_is_exactly_zero(dtype):

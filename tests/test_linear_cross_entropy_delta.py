@@ -148,6 +148,87 @@ def test_panels(dtype, small_panels, N, V, panel, block, form):
     check(spread, bound=few * BOUNDS[dtype], by_terms=True)
 
 
+# Edges of the compiled tiles. Strips of 12, 24, 48 columns; panels of 384 at most, of one strip where rows are long;
+# parts of the vocabulary from 4096 on. Groups of 8 rows in halves; blocks of 2048 rows of values and changes. Units of
+# one number or of two, packed 4, 8 or 16 at a time.
+COLUMNS = [11, 12, 13, 24, 25, 47, 48, 49, 97, 383, 384, 385, 800, 4095, 4096, 4097, 6200]
+ROWS = [(7, 1), (8, 1), (9, 2), (15, 1), (17, 3), (127, 15), (128, 15), (129, 15), (300, 15)]
+DEPTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 129, 2731, 2800]
+EVERYTHING = "input and low rank and bias"
+
+
+def few(dtype):
+    """As above: with few rows or columns bfloat16's 2e-3 of each d_v stand alone."""
+    return (5 if dtype == torch.bfloat16 else 2) * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("V", COLUMNS)
+def test_columns(dtype, V):
+    for form in (EVERYTHING, "input and dense"):
+        check(make_head(form, N=3, D=8, V=V, step=1e-3, dtype=dtype), bound=few(dtype), by_terms=True)
+    head = make_head(EVERYTHING, N=3, D=8, V=V, step=30, lead=6, dtype=dtype, label_smoothing=0.1)
+    check(head, bound=few(dtype), by_terms=True)
+    last = replace(head, target=torch.full((3,), V - 1))
+    check(last, bound=few(dtype), by_terms=True)
+
+
+@pytest.mark.parametrize("N, Q", ROWS)
+def test_rows(dtype, N, Q):
+    for form in ("input", "input and dense", "low rank"):
+        check(make_head(form, N=N, D=5, V=20, Q=Q, step=1e-3, dtype=dtype), bound=few(dtype), by_terms=True)
+
+
+@pytest.mark.parametrize("D", DEPTHS)
+def test_depths(dtype, D):
+    for form in ("input and dense", EVERYTHING):
+        head = make_head(form, N=2, D=D, V=60, Q=1, r=17, step=1e-3, dtype=dtype)
+        head = replace(head, x=head.x / max(1, D / 24) ** 0.5)
+        check(head, bound=few(dtype), by_terms=True)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "input and dense"])
+def test_the_compiled_face_rounds_no_change(form):
+    """In bfloat16 too products add up exact numbers in float32; only x + dx before a dense change is rounded first."""
+    for step in (1, 1e-2, 1e-6, 1e-9):
+        with checks.forced("cpp"):
+            check(make_head(form, N=32, D=64, step=step, dtype=torch.bfloat16), bound=BOUNDS[torch.float32])
+
+
+def mixed(dtype) -> Head:
+    """Rows for several blocks, columns for several parts; some rows far, some ignored."""
+    head = make_head(EVERYTHING, N=700, D=9, V=4500, Q=3, step=1e-2, dtype=dtype, label_smoothing=0.1)
+    head.dx[1, ::50] *= 1e4
+    head.target[::7] = -100
+    return head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_face_gives_the_same_bits_for_any_number_of_threads(dtype):
+    """The reference uses torch's products, whose order of sums is torch's affair."""
+    threads, head = torch.get_num_threads(), mixed(dtype)
+    try:
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            with checks.forced("cpp"):
+                results.append(head.run())
+    finally:
+        torch.set_num_threads(threads)
+    for base, delta in results[1:]:
+        assert torch.equal(base, results[0][0]) and torch.equal(delta, results[0][1])
+
+
+def test_blocks_and_parts_at_once():
+    head = mixed(torch.float32)
+    with checks.forced("reference"):
+        base, delta = head.run()
+    with checks.forced("cpp"):
+        got_base, got_delta = head.run()
+    torch.testing.assert_close(got_base, base, rtol=1e-5, atol=0)
+    for row, wanted in zip(got_delta, delta, strict=True):
+        assert (row - wanted).norm() <= 4e-6 * wanted.norm()
+
+
 def test_panels_do_not_change_the_result(small_panels):
     head = make_head("input and low rank and bias", step=1e-2, N=20, dtype=torch.float64)
     whole = head.run()
@@ -266,6 +347,23 @@ def test_layouts(dtype):
     check(replace(head, x=turned(head.x), dx=turned(head.dx), W=turned(head.W), dW=turned(head.dW)))
 
 
+def test_a_change_that_lies_where_the_weight_does():
+    """dW = W doubles the layer: their panels are not the same, the weight's is freed of what its rows share."""
+    head = make_head(step=0.1)
+    check(replace(head, dW=head.W.expand(2, -1, -1)), bound=2 * BOUNDS[torch.float32])
+
+
+def test_shared_rows(dtype):
+    head = make_head("input", dtype=dtype)
+    check(replace(head, x=head.x[:1].expand(8, -1), dx=head.dx[:1, :1].expand(2, 8, -1)))
+
+
+def test_no_depth(dtype):
+    """D = 0: the bias is all there is."""
+    head = make_head("bias", step=1e-3, dtype=dtype)
+    check(replace(head, x=head.x[:, :0], W=head.W[:, :0]))
+
+
 def test_out_form_writes_into_views(dtype):
     head = make_head("input and low rank", dtype=dtype)
     base, delta = head.run()
@@ -283,10 +381,15 @@ def test_a_model_s_parameters_as_they_come():
         assert torch.equal(got.detach(), wanted)
 
 
-def test_changes_of_another_dtype():
-    """A float32 update of a bfloat16 head."""
-    head = make_head("input and dense", step=1e-3, dtype=torch.bfloat16)
-    check(replace(head, dW=(head.dW.float() * 1.001), db=torch.randn(2, 600) * 1e-3))
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_changes_of_another_dtype(dtype, other):
+    """A float32 update of a bfloat16 head, and all other pairs."""
+    bound = BOUNDS[dtype] * (1 if dtype == torch.bfloat16 else 2)
+    db = (torch.randn(2, 600) * 1e-3).to(other)
+    dense, low = (make_head(form, step=1e-3, dtype=dtype) for form in ("input and dense", "input and low rank"))
+    check(replace(dense, dW=(dense.dW.float() * 1.001).to(other), db=db), bound=bound)
+    factors = tuple((factor.float() * 1.001).to(other) for factor in low.dW_factors)
+    check(replace(low, dW_factors=factors, db=db), bound=bound)
 
 
 # Teeth.

@@ -8,7 +8,7 @@ import torch
 
 from checks import face_fixture
 from finf_fast.ops import layer_norm_delta, rms_norm_delta
-from stack_cases import SIZES, apart, at, check, draw, make_stack, moved, sizes
+from stack_cases import SIZES, apart, at, check, draw, make_stack, moved, same_bits, sizes, with_threads
 
 dtype = face_fixture("rms_norm_delta")
 
@@ -55,6 +55,18 @@ def test_a_row_that_vanishes(dtype):
     check(rms_norm_delta(gone), lambda q: true_norm(at(gone, q), None), 1, dtype, slack=1000)
     zero = torch.zeros_like(h)
     check(rms_norm_delta(torch.cat([zero, h])), lambda q: true_norm(at(torch.cat([zero, h]), q), None), 1, dtype)
+
+
+@pytest.mark.parametrize("D", [1, 15, 16, 17, 64, 65, 2047, 2048, 2049])
+def test_every_width(dtype, D):
+    stack, w, dw = make_stack(2, 3, D, size=0.1, dtype=dtype), draw(D, dtype=dtype), draw(2, D, dtype=dtype, seed=2)
+    out = rms_norm_delta(stack, w, dweight=dw, eps=0.1)
+    check(out, lambda q: true_norm(at(stack, q), moved(w, dw, q), 0.1), 2, dtype)
+
+
+def test_same_bits_for_any_number_of_threads(dtype):
+    stack, w = make_stack(2, 300, 257, size=0.1, dtype=dtype), draw(257, dtype=dtype)
+    assert same_bits(with_threads(lambda: rms_norm_delta(stack, w)))
 
 
 def test_no_change_is_exactly_zero(dtype):

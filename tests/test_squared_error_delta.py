@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import checks
 from checks import exact, relative
 from finf_fast import reference
 from finf_fast.ops import squared_error_delta, squared_error_delta_out
+from stack_cases import same_bits, with_threads
 
 dtype = checks.face_fixture("squared_error_delta")
 
@@ -57,6 +60,34 @@ def test_relative_error(step):
 )
 def test_every_axis(dtype, N, D, Q):
     check(squared_error_delta, *make(N, D, Q, dtype=dtype))
+
+
+@pytest.mark.parametrize("D", [15, 16, 17, 63, 64, 65, 2047, 2048, 4099])
+def test_every_width(dtype, D):
+    check(squared_error_delta, *make(5, D, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("kinds", itertools.product([torch.float32, torch.bfloat16], repeat=3))
+def test_each_input_of_its_own_type(kinds):
+    """All that one compiled loop takes; wide inputs hold numbers that the narrow type has too."""
+    tensors = make(9, 131, 2, dtype=torch.bfloat16)
+    wanted = squared_error_delta(*(x.float() for x in tensors))
+    got = squared_error_delta(*(x.to(kind) for x, kind in zip(tensors, kinds, strict=True)))
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+def test_same_bits_for_any_number_of_threads(dtype):
+    tensors = make(500, 333, 3, dtype=dtype)
+    assert same_bits(with_threads(lambda: squared_error_delta(*tensors)[1]))
+
+
+def test_nan_stays_in_its_row(dtype):
+    p, dp, y = make(40, 33, 2, dtype=dtype)
+    p[3, 32], y[7, 0], dp[1, 20, 5] = torch.nan, torch.nan, torch.nan
+    base, delta = squared_error_delta(p, dp, y)
+    assert base.isnan().nonzero()[:, 0].tolist() == [3, 7]
+    assert delta[0].isnan().nonzero()[:, 0].tolist() == [3, 7]
+    assert delta[1].isnan().nonzero()[:, 0].tolist() == [3, 7, 20]
 
 
 def test_layouts(dtype):

@@ -6,6 +6,7 @@
 #include "isa/kernels.h"
 #include "ordered_sum.h"
 #include "parallel.h"
+#include "targets.h"
 
 namespace finf {
 namespace {
@@ -99,22 +100,11 @@ void check(const CrossEntropyDelta& op) {
     require_memory("delta", op.delta, op.N > 0 && op.Q > 0);
 }
 
-void check_targets(const CrossEntropyDelta& op) {
-    for (int64_t n = 0; n < op.N; ++n) {
-        const int64_t t = op.target[n];
-        if (t == op.ignore_index || (t >= 0 && t < op.V)) continue;
-        std::ostringstream text;
-        text << "target: wanted 0 to " << op.V - 1 << " or ignore_index " << op.ignore_index << ", got " << t
-             << " in row " << n;
-        throw std::out_of_range(text.str());
-    }
-}
-
 }  // namespace
 
 void cross_entropy_delta(const CrossEntropyDelta& op) {
     check(op);
-    check_targets(op);
+    check_targets(op.target, op.N, op.V, op.ignore_index);
     const Rows rows(op);
     const int64_t elements_of_row = op.V * (1 + op.Q);
     const int64_t step = elements_of_row > 0 && elements_of_row < TASK_ELEMENTS ? TASK_ELEMENTS / elements_of_row : 1;

@@ -13,7 +13,7 @@ from torch import Tensor
 from finf_fast.delta.integers import collapse
 from finf_fast.delta.stack import Carried, Stack, align, untouched, values_of
 from finf_fast.delta.structure import cast, count_of
-from finf_fast.delta.table import assign, rule, unruled
+from finf_fast.delta.table import assign, current, rule, unruled
 from finf_fast.reference import changes
 
 
@@ -96,7 +96,22 @@ def each(x: Any, y: Any, function: Any) -> Tensor:
 
 def whole(x: Any, y: Any, function: Any) -> Any:
     """An operation whose results are integers or booleans, on each of the 1 + Q values."""
+    both = isinstance(x, Stack) and isinstance(y, Stack) and x.is_floating_point() and y.is_floating_point()
+    if both and (current().chosen(x) or current().chosen(y)):
+        return collapse(each(x, y, lambda a, b: function(_met(a, b, x.dtype, y.dtype), b)))
     return collapse(each(x, y, function))
+
+
+def _met(a: Tensor, b: Tensor, *kinds: torch.dtype) -> Tensor:
+    """a, with b's value where a query made the two meet, up to the rounding of their changes, that were apart.
+
+    A number that a choice took from elsewhere (the k-th largest) stands as another base and a rounded change, and is
+    still that number: ``z < z.topk(k).values[-1:]`` must not lose the k-th itself.
+    """
+    eps = max(torch.finfo(kind).eps for kind in kinds)
+    gap, rounding = (a - b).abs(), eps * ((a - a[:1]).abs() + (b - b[:1]).abs())
+    meet = (gap <= rounding) & (gap[:1] > 4 * rounding)
+    return torch.where(meet, b, a)
 
 
 def numbers(kind: torch.dtype) -> bool:

@@ -78,10 +78,23 @@ def where(condition, input=None, other=None):
     before = align(condition.stacked, len(o.shape))[:1]
     after = align(condition.stacked, len(o.shape))[1:]
     stay = torch.where(after, da, db)
+    filled = (before & (o.da is None)) | (~before & (o.db is None))
+    _require_room((before != after) & filled, torch.where(before, a, b), torch.where(after, a + da, b + db))
     a, b = a.double(), b.double()  # three terms of which any two may cancel
     moved = torch.where(after, a - b + da, b - a + db).to(kind)  # the choice itself changed
     a, b = a.to(kind), b.to(kind)
     return o.result(torch.where(before[0], a, b), torch.where(before == after, stay, moved))
+
+
+def _require_room(flipped: Tensor, old: Tensor, new: Tensor) -> None:
+    """Where a query chooses otherwise than a constant, the change must leave room: -1e9 + (1e9 + z) is no z.
+
+    Refused is what would leave less than four digits; of bfloat16's two and a half, less than the first.
+    """
+    ratio = max(64.0, 1e-4 / torch.finfo(new.dtype).eps)
+    large = (old.abs() > 64) & (old.abs() > ratio * new.abs()) & (new != 0)
+    if bool((flipped & (large | ~old.isfinite()) & new.isfinite()).any()):
+        raise NotCarried("a mask of huge or infinite numbers that a query turns off")
 
 
 @rule(Tensor.where)

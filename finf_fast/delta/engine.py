@@ -39,11 +39,11 @@ from finf_fast.delta.head import Linear
 from finf_fast.delta.kept import Kept
 from finf_fast.delta.kinks import kink
 from finf_fast.delta.stack import Carried, NotCarried, lift
-from finf_fast.delta.table import State, carry, fresh, name_of, writes
+from finf_fast.delta.table import State, carry, fresh, name_of, words
 from finf_fast.delta.weights import weight_sets
 from finf_fast.loss import Loss, Result, joined, mapped
 from finf_fast.reference import product
-from finf_fast.skeleton import Skeleton
+from finf_fast.skeleton import Skeleton, writes
 from finf_fast.update import Update
 
 __all__ = ["DeltaEngine", "NotCarried"]
@@ -222,7 +222,8 @@ class DeltaEngine:
         self._body.put({name: buffer.clone() for name, buffer in self._buffers.items()})
         self._body.put(self._sets[number])
         with Carrying(self._state):
-            return self.loss.output(self._body.module, mapped(torch.clone, batch))
+            out = self.loss.output(self._body.module, mapped(torch.clone, batch))
+        return self._state.adopted(out)  # it may be a plain tensor that the model made and wrote changed values into
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ def generic(func: Any, *args: Any, **kwargs: Any) -> Any:
     name = name_of(func)
     flat, _ = tree_flatten((args, kwargs))
     carried = [x for x in flat if isinstance(x, Carried)]
-    if name.endswith("_") and not name.endswith("__"):
+    if _writes(func, name):
         raise NotCarried(f"{name} writes into a changed tensor and has no rule")
     values = {id(x): values_of(x) for x in carried}
     count = len(next(iter(values.values())))
@@ -43,15 +43,41 @@ def generic(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     drawn = _random_state(carried[0].device)
     try:
-        outs = [tree_flatten(row(j)) for j in range(count)]
+        found = [row(j) for j in range(count)]
+        outs = [tree_flatten(one) for one in found]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise NotCarried(f"{name} has no rule and does not run on float64 values: {error}") from error
     if not torch.equal(drawn, _random_state(carried[0].device)):
         raise NotCarried(f"{name} draws random numbers from a changed tensor")
+    if found[0] is None:
+        raise NotCarried(f"{name} returns nothing, so it works by a side effect, and has no rule")
+    if not kwargs.get("inplace"):
+        _require_fresh(name, outs, flat, values)
     current().generic[name] = current().generic.get(name, 0) + 1
     leaves = [_joined(name, rows, kind) for rows in zip(*(out[0] for out in outs), strict=True)]
     found = tree_unflatten(leaves, outs[0][1])
     return assign(args[0], found) if kwargs.get("inplace") else found
+
+
+def _writes(func: Any, name: str) -> bool:
+    """Whether a function may write into what it is given, by its name or by its schema."""
+    packet = func.overloads() if hasattr(func, "overloads") else ()
+    schemas = [getattr(each, "_schema", None) for each in (func, *(getattr(func, one) for one in packet))]
+    plain = name.partition(".")[0]
+    return (
+        name.endswith("__set__")
+        or (plain.endswith("_") and not plain.endswith("__"))
+        or any(schema is not None and schema.is_mutable for schema in schemas)
+    )
+
+
+def _require_fresh(name: str, outs: list, inputs: list, values: dict[int, Any]) -> None:
+    """A view of its input is a copy here, and what the model then writes into it would be lost."""
+    own = {v.untyped_storage().data_ptr() for v in values.values()}
+    own |= {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor) and not isinstance(x, Carried)}
+    leaves = [leaf for flat, _ in outs for leaf in flat if isinstance(leaf, Tensor) and leaf.numel()]
+    if any(leaf.untyped_storage().data_ptr() in own for leaf in leaves):
+        raise NotCarried(f"{name} gives a view of a changed tensor and has no rule")
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -30,7 +30,6 @@ __all__ = [
     "rule",
     "unruled",
     "words",
-    "writes",
 ]
 
 Rule = Callable[..., Any]
@@ -81,6 +80,9 @@ def rule(*names: Any) -> Callable[[Rule], Rule]:
     return decorate
 
 
+# Functions that pick numbers out of others, which may be another one for every query.
+CHOOSING = {"topk", "sort", "max", "min", "amax", "amin", "kthvalue", "median", "cummax", "cummin", "gather"}
+
 _otherwise: list[Rule] = []
 
 
@@ -123,6 +125,8 @@ def carry(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if found is None:
         found = functools.partial(_otherwise[0], func)
     result = found(*args, **kwargs)
+    if name_of(func) in CHOOSING:
+        current().choose(result)
     return result if out is None else assign(out, result)
 
 
@@ -161,6 +165,7 @@ class State:
         self._adopted: dict[int, tuple[Tensor, Stack]] = {}
         self._storages: set[int] = set()
         self._pending: list[Any] = []
+        self._chosen: set[int] = set()
         self.kept: Kept | None = None  # the base's products, where queries come in chunks
 
     @property
@@ -191,6 +196,14 @@ class State:
             raise NotCarried("the model reads a view of a plain tensor into which changed values were written")
         return x
 
+    def choose(self, result: Any) -> None:
+        """Notes numbers that a choice took from elsewhere; views of them share their storage."""
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        self._chosen |= {x.stacked.untyped_storage().data_ptr() for x in results if isinstance(x, Stack)}
+
+    def chosen(self, x: Stack) -> bool:
+        return bool(self._chosen) and x.stacked.untyped_storage().data_ptr() in self._chosen
+
     @property
     def waits(self) -> bool:
         return bool(self._pending)
@@ -210,6 +223,7 @@ class State:
         """Forgets a forward's tensors, keeps the counts."""
         self._adopted.clear()
         self._storages.clear()
+        self._chosen.clear()
         self._pending.clear()
 
 
@@ -237,14 +251,6 @@ class fresh:
     def __exit__(self, *error) -> None:
         self._state.reset()
         _local.states.remove(self._state)
-
-
-@functools.cache
-def writes(func: Any) -> bool:
-    """Whether a function of torch writes into its first argument."""
-    name = getattr(func, "__name__", "")
-    dunder = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ipow__")
-    return name in dunder or (name.endswith("_") and not name.endswith("__"))
 
 
 def name_of(func: Any) -> str:

@@ -16,6 +16,9 @@ from finf_fast.update import Update
 
 __all__ = ["weight_sets"]
 
+# A channel that its norm has all but turned off, beside the strongest, grows from nothing and not by a share of itself.
+DEAD = 1e-6
+
 
 def weight_sets(
     body: Skeleton, model: nn.Module, updates: Sequence[Update], dtype: torch.dtype, chunk: int
@@ -62,7 +65,7 @@ def _folded(pair: fold.Fold, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
     s, ds = (scale.stacked[0], scale.stacked[1:]) if isinstance(scale, Stack) else (scale, None)
     if ds is None and not isinstance(weight, Changed):
         return pair.fold(tensors)
-    if ds is not None and not bool(s.all()):  # a channel turned off grows from nothing, by no share
+    if ds is not None and bool((s.abs() <= DEAD * s.abs().max()).any()):
         return pair.fold(tensors)
     weight = weight if isinstance(weight, Changed) else Changed(weight, [], len(ds))
     silent = tuple(set(range(weight.queries)).difference(*(group.queries for group in weight.groups)))
@@ -94,7 +97,9 @@ def _spread(rows: Tensor, kernel: Tensor) -> Tensor:
 def _packed(name: str, base: Tensor, updates: Sequence[Update]) -> Changed:
     """A tensor with what each of the updates does to it."""
     changes = {q: change for q, update in enumerate(updates) if (change := _change(update, name, base)) is not None}
-    return Changed(base, _groups(changes, base), len(updates))
+    changed = Changed(base, _groups(changes, base), len(updates))
+    changed._is_param = isinstance(base, nn.Parameter)  # what isinstance(_, nn.Parameter) asks
+    return changed
 
 
 def _rounded(tensor: Any, dtype: torch.dtype) -> Any:

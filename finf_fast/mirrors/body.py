@@ -54,7 +54,7 @@ class Body:
 
     def begin(self) -> None:
         """The model as the user gave it: θ, and fresh copies of its buffers."""
-        self._skeleton.module.train(self.train)
+        self._skeleton.set_mode(self.train)
         self._skeleton.put({name: tensor.clone() for name, tensor in self._buffers.items()})
         self.place({})
 
@@ -177,7 +177,7 @@ class Body:
 
     def _width(self, query: Query) -> int:
         self.begin()
-        self._skeleton.module.eval()  # batch norm would not take a single row
+        self._skeleton.set_mode(False)  # batch norm would not take a single row
         with torch.no_grad(), forked(self.device), _explained(query.who):
             return self._loss.output(self._skeleton.module, mapped(torch.clone, query.batch)).shape[-1]
 

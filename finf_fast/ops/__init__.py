@@ -14,6 +14,7 @@ from finf_fast.ops.group_norm_delta import group_norm_delta
 from finf_fast.ops.layer_norm_delta import layer_norm_delta
 from finf_fast.ops.linear_cross_entropy_delta import linear_cross_entropy_delta, linear_cross_entropy_delta_out
 from finf_fast.ops.linear_delta import linear_delta
+from finf_fast.ops.noise import noise, uniform_integers
 from finf_fast.ops.rms_norm_delta import rms_norm_delta
 from finf_fast.ops.segment_sum import segment_sum, segment_sum_out
 from finf_fast.ops.squared_error_delta import squared_error_delta, squared_error_delta_out
@@ -31,6 +32,7 @@ __all__ = [
     "linear_cross_entropy_delta",
     "linear_cross_entropy_delta_out",
     "linear_delta",
+    "noise",
     "rms_norm_delta",
     "segment_sum",
     "segment_sum_out",
@@ -38,4 +40,5 @@ __all__ = [
     "squared_error_delta_out",
     "topk_merge",
     "topk_merge_",
+    "uniform_integers",
 ]

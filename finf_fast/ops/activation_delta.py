@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype, check_same_device
+from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device
 from finf_fast.ops.register import register
-from finf_fast.ops.stacks import check_stack, stacked_queries
+from finf_fast.ops.stacks import check_stack, stack_of_rows, stacked_queries, told
 
 __all__ = ["KINDS", "activation_delta"]
 
@@ -60,7 +61,19 @@ def _allocate(stack, kind, gate):
     return stack.new_empty(1 + _check(stack, kind, gate), *stack.shape[1:])
 
 
-_FACES = {"reference": reference.activation_delta}
+def _run_cpp(stack, kind, gate):
+    y = _allocate(stack, kind, gate)
+    M = stack.shape[1:].numel()
+    x, g = (stack_of_rows(s, M) for s in (stack, gate))
+    (at, x_q, _, x_moves), (gate_at, g_q, _, g_moves) = told(x), told(g)
+    dispatch.compiled().activation_delta(
+        *(kind, CODES[stack.dtype], at, x_q, x_moves, gate_at, g_q, g_moves),
+        *(y.data_ptr(), M, len(y) - 1, torch.get_num_threads()),
+    )
+    return y
+
+
+_FACES = {"cpp": _run_cpp, "reference": reference.activation_delta}
 
 
 @register("activation_delta", "(Tensor stack, str kind, Tensor? gate) -> Tensor", _allocate)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype, check_same_device, check_shape
+from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape, rows
 from finf_fast.ops.register import register
-from finf_fast.ops.stacks import check_stack, stacked_queries
+from finf_fast.ops.stacks import address, check_stack, stacked_queries
 
 __all__ = ["attention_delta"]
 
@@ -95,7 +97,35 @@ def _run_reference(q, k, v, causal, scale, mask, softcap):
     return reference.attention_delta(q, k, v, causal=causal, scale=scale, mask=mask, softcap=softcap)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(q, k, v, causal, scale, mask, softcap):
+    out = _allocate(q, k, v, causal, scale, mask, softcap)
+    (_, B, H, T, E), (Hk, Tk, Ev) = q.shape, (*k.shape[2:4], v.shape[4])
+    q, k, v, mask = rows(q), rows(k), rows(v), _numbers(mask)
+    shared = None if mask is None else mask.expand(B, H, T, Tk)
+    dispatch.compiled().attention_delta(
+        *(CODES[q.dtype], *_told(q), *_told(k), *_told(v)),
+        *(
+            address(mask),
+            mask is not None and mask.dtype == torch.bool,
+            shared.stride() if mask is not None else [0] * 4,
+        ),
+        *(out.data_ptr(), len(out) - 1, B, H, Hk, T, Tk, E, Ev),
+        *(1 / math.sqrt(max(E, 1)) if scale is None else scale, softcap or 0.0, causal, torch.get_num_threads()),
+    )
+    return out
+
+
+def _told(x: Tensor) -> tuple[int, tuple[int, ...], bool]:
+    """Address of a stack of heads, distances of all but the last dimension, whether it moves."""
+    return x.data_ptr(), x.stride()[:4], len(x) > 1
+
+
+def _numbers(mask: Tensor | None) -> Tensor | None:
+    """A mask as bool or float32, which hold every bfloat16 and float16 as it is; float64 ones are rounded."""
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(torch.float32)
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 
 @register(

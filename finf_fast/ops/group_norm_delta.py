@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype
+from finf_fast.ops.border import CODES, FLOATS, check_dtype
 from finf_fast.ops.layer_norm_delta import check_norm
 from finf_fast.ops.register import register
-from finf_fast.ops.stacks import check_stack, stacked_queries
+from finf_fast.ops.stacks import address, check_stack, parameter, stack_of_rows, stacked_queries, told
 
 __all__ = ["group_norm_delta"]
 
@@ -69,7 +70,19 @@ def _run_reference(stack, groups, weight, bias, dweight, dbias, eps):
     return reference.group_norm_delta(stack, groups, weight, bias, dweight=dweight, dbias=dbias, eps=eps)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(stack, groups, weight, bias, dweight, dbias, eps):
+    y = _allocate(stack, groups, weight, bias, dweight, dbias, eps)
+    C, S = stack.shape[2], stack.shape[3:].numel()
+    x = stack_of_rows(stack, C // groups * S)
+    params = [parameter(p) for p in (weight, bias, dweight, dbias)]
+    dispatch.compiled().group_norm_delta(
+        *(CODES[stack.dtype], *told(x), *map(address, params), y.data_ptr()),
+        *(x.shape[1], x.shape[2], len(y) - 1, groups, max(S, 1), eps, torch.get_num_threads()),
+    )
+    return y
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 
 @register(

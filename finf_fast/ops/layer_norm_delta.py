@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype, check_same_device, check_shape
+from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape
 from finf_fast.ops.register import register
-from finf_fast.ops.stacks import check_stack, stacked_queries
+from finf_fast.ops.stacks import address, check_stack, parameter, stack_of_rows, stacked_queries, told
 
 __all__ = ["check_norm", "layer_norm_delta"]
 
@@ -103,7 +104,19 @@ def _run_reference(stack, weight, bias, dweight, dbias, residual, eps):
     return [out] if residual is None else list(out)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(stack, weight, bias, dweight, dbias, residual, eps):
+    out = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
+    x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
+    params = [parameter(p) for p in (weight, bias, dweight, dbias)]
+    dispatch.compiled().layer_norm_delta(
+        *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
+        *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
+        *(x.shape[1], x.shape[2], len(out[0]) - 1, eps, torch.get_num_threads()),
+    )
+    return out
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 
 @register(

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype, check_rows, check_same_device, check_shape, result_dtype
+from finf_fast.ops.border import (
+    CODES,
+    FLOATS,
+    check_dtype,
+    check_rows,
+    check_same_device,
+    check_shape,
+    result_dtype,
+    rows,
+)
 from finf_fast.ops.linear_delta import check_changes, factors_of, queries
 from finf_fast.ops.register import register
 
@@ -36,8 +45,9 @@ def linear_cross_entropy_delta(
         d_q = dx_q Wᵀ + (x + dx_q) dW_qᵀ + db_q            dW_q = U_q V_qᵀ where factors are given
 
     formed panel by panel over the vocabulary (formulas: design section 2, "At the loss"; csrc/numerics.h). z is a
-    product in float32 even of shorter inputs; d is a product in the inputs' dtype (float16: in float32), rounded once
-    to bfloat16 for bfloat16, which costs 2e-3 of each d.
+    product in float32 even of shorter inputs; d is a product in the inputs' dtype (float16: in float32), which a face
+    may round once to bfloat16 for bfloat16, at a cost of 2e-3 of each d. The compiled face does not: of bfloat16 inputs
+    too its d is a sum in float32 of exact products, with x + dx alone rounded where `dW` is given.
 
     Args:
         x: (N, D) what enters the layer; float32, float64, bfloat16 or float16, any strides.
@@ -150,7 +160,44 @@ def _run_reference(x, dx, W, target, base, delta, bias, db, dW, U, V, softcap, i
     delta.copy_(change)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(x, dx, W, target, base, delta, bias, db, dW, U, V, softcap, ignore_index, label_smoothing):
+    (N, D), Q, r = x.shape, len(delta), 0 if U is None else U.shape[2]
+    # Of an update in another type every number is needed once for each block of rows: it is converted once instead.
+    x, dx, W, dW, U = (_rows(y) for y in (x, dx, W, _short(dW), _short(U)))
+    bias, db = (None if y is None else y.float().contiguous() for y in (bias, db))
+    if bias is not None and not softcap and len(bias):
+        # A shift is not felt, and against the largest -1e9 for a masked word takes no digits from the others.
+        bias = bias - bias.amax().clamp(min=torch.finfo(torch.float32).min)
+    R = None if V is None else V.mT.float().contiguous()
+    target = target.contiguous()
+    dispatch.compiled().linear_cross_entropy_delta(
+        *(CODES[x.dtype], x.data_ptr(), x.stride(0), *_place(dx), W.data_ptr(), W.stride(0), target.data_ptr()),
+        *(_place(bias)[0], *_place(db)[:2]),
+        *(_place(dW)[0], _code(dW), *_place(dW)[1:], _place(U)[0], _code(U), *_place(U)[1:], _place(R)[0], r),
+        *(base.data_ptr(), delta.data_ptr(), delta.stride(0), N, D, len(W), Q),
+        *(softcap or 0.0, ignore_index, label_smoothing, torch.get_num_threads()),
+    )
+
+
+def _rows(y: Tensor | None) -> Tensor | None:
+    return None if y is None else rows(y)
+
+
+def _short(y: Tensor | None) -> Tensor | None:
+    """`y` in a type that the compiled loops read."""
+    return y if y is None or y.dtype in (torch.float32, torch.bfloat16) else y.float()
+
+
+def _place(y: Tensor | None) -> tuple[int, int, int]:
+    """Address and the first two strides; zeros for what is not given."""
+    return (0, 0, 0) if y is None else (y.data_ptr(), y.stride(0), y.stride(1) if y.dim() > 1 else 0)
+
+
+def _code(y: Tensor | None) -> int:
+    return 0 if y is None else CODES[y.dtype]
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 _CHANGES = (
     "Tensor? bias, Tensor? db, Tensor? dW, Tensor? U, Tensor? V, float? softcap, int ignore_index, "

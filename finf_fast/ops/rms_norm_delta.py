@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
+from finf_fast.ops.border import CODES
 from finf_fast.ops.layer_norm_delta import check_row_norm
 from finf_fast.ops.register import register
+from finf_fast.ops.stacks import address, parameter, stack_of_rows, told
 
 __all__ = ["rms_norm_delta"]
 
@@ -56,7 +59,19 @@ def _run_reference(stack, weight, dweight, residual, eps):
     return [out] if residual is None else list(out)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(stack, weight, dweight, residual, eps):
+    out = _allocate(stack, weight, dweight, residual, eps)
+    x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
+    params = [parameter(p) for p in (weight, dweight)]
+    dispatch.compiled().rms_norm_delta(
+        *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
+        *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
+        *(x.shape[1], x.shape[2], len(out[0]) - 1, eps, torch.get_num_threads()),
+    )
+    return out
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 
 @register(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype, check_rows, check_same_device, check_shape, result_dtype
+from finf_fast.ops.border import (
+    CODES,
+    FLOATS,
+    check_dtype,
+    check_rows,
+    check_same_device,
+    check_shape,
+    result_dtype,
+    rows,
+)
 from finf_fast.ops.register import register
 
 __all__ = ["squared_error_delta", "squared_error_delta_out"]
@@ -82,7 +92,18 @@ def _run_reference(p, dp, y, base, delta):
     delta.copy_(change)
 
 
-_FACES = {"reference": _run_reference}
+def _run_cpp(p, dp, y, base, delta):
+    p, dp, y = rows(p), rows(dp), rows(y)
+    dispatch.compiled().squared_error_delta(
+        *(p.data_ptr(), CODES[p.dtype], p.stride(0)),
+        *(dp.data_ptr(), CODES[dp.dtype], dp.stride(0), dp.stride(1)),
+        *(y.data_ptr(), CODES[y.dtype], y.stride(0)),
+        *(base.data_ptr(), delta.data_ptr(), delta.stride(0)),
+        *(*p.shape, len(dp), torch.get_num_threads()),
+    )
+
+
+_FACES = {"cpp": _run_cpp, "reference": _run_reference}
 
 
 @register("squared_error_delta", "(Tensor p, Tensor dp, Tensor y) -> (Tensor, Tensor)", _allocate)

@@ -1,12 +1,16 @@
-"""The border checks that only the stacked operations share: leading sizes of stacks and of parameters' changes."""
+"""The border checks that only the stacked operations share: leading sizes of stacks and of parameters' changes;
+and what a compiled face is told of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_stack", "stacked_queries"]
+from finf_fast.ops.border import rows
+
+__all__ = ["address", "check_stack", "parameter", "stack_of_rows", "stacked_queries", "told"]
 
 
 def check_stack(name: str, x: Tensor, shape: Sequence[int] | None = None) -> None:
@@ -30,3 +34,23 @@ def stacked_queries(stacks: Mapping[str, Tensor | None], changes: Mapping[str, T
         if wanted != Q:
             raise ValueError(f"{name}: wanted Q = {wanted} queries, as {first} has, got {Q}")
     return next(iter(counts.values()), 0)
+
+
+def stack_of_rows(stack: Tensor | None, D: int) -> Tensor | None:
+    """A stack as (1+Q, N, D) whose rows have no gaps; copied only where its strides allow no such view."""
+    return None if stack is None else rows(stack.reshape(len(stack), stack.shape[1:].numel() // max(D, 1), D))
+
+
+def told(x: Tensor | None) -> tuple[int, int, int, bool]:
+    """Address of a stack of rows, distances of its queries and of its rows, whether it moves; 0 if there is none."""
+    return (0, 0, 0, False) if x is None else (x.data_ptr(), x.stride(0), x.stride(1), len(x) > 1)
+
+
+def parameter(x: Tensor | None) -> Tensor | None:
+    """A parameter as contiguous float32, which is small beside a stack."""
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    """Where its numbers lie, 0 if there are none."""
+    return 0 if x is None else x.data_ptr()

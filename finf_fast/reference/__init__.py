@@ -9,6 +9,7 @@ from finf_fast.reference.group_norm_delta import group_norm_delta
 from finf_fast.reference.layer_norm_delta import layer_norm_delta
 from finf_fast.reference.linear_cross_entropy_delta import linear_cross_entropy_delta
 from finf_fast.reference.linear_delta import linear_delta
+from finf_fast.reference.noise import noise, philox, uniform_integers
 from finf_fast.reference.rms_norm_delta import rms_norm_delta
 from finf_fast.reference.segment_sum import segment_sum
 from finf_fast.reference.squared_error_delta import squared_error_delta
@@ -22,8 +23,11 @@ __all__ = [
     "layer_norm_delta",
     "linear_cross_entropy_delta",
     "linear_delta",
+    "noise",
+    "philox",
     "rms_norm_delta",
     "segment_sum",
     "squared_error_delta",
     "topk_merge",
+    "uniform_integers",
 ]

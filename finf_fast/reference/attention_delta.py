@@ -75,7 +75,7 @@ def _attend(out: Tensor, q, k, v, rule: _Rule, bias: Tensor | None) -> None:
     s, ds = _scores(q, k, rule)
     if bias is not None:
         s = s.view(*shape[:2], -1).add_(bias).view_as(s)
-    p = torch.softmax(s, -1).nan_to_num_(0.0)  # a row that sees nothing gives 0, as in torch
+    p = _softmax(s)
     (v0, dv) = v
     out[0] = product.linear(p, v0[0].T).view(shape)
     change = None
@@ -87,6 +87,11 @@ def _attend(out: Tensor, q, k, v, rule: _Rule, bias: Tensor | None) -> None:
         change = moved if change is None else moved.add_(change)
     if change is not None:
         out[1:] = change.reshape(-1, *shape)
+
+
+def _softmax(s: Tensor) -> Tensor:
+    """A row that sees nothing gives 0, as in torch; one that holds a NaN gives NaN."""
+    return torch.softmax(s, -1).masked_fill_(s.amax(-1, keepdim=True) == -torch.inf, 0)
 
 
 def _scores(q, k, rule: _Rule) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +136,7 @@ def _probability_change(s: Tensor, ds: Tensor, p: Tensor) -> Tensor:
     if ds.device.type == "cpu" and not (ds.amax(-1) > _LARGE).any():
         return _small_change(ds, p)
     large = ds.masked_fill(s == -torch.inf, 0).amax(-1, keepdim=True) > _LARGE
-    after = torch.softmax(s + ds, -1).nan_to_num_(0.0)
+    after = _softmax(s + ds)
     return torch.where(large, after - p, _small_change(ds.clamp_(max=_LARGE), p))
 
 

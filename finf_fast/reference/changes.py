@@ -389,7 +389,7 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
-    "gelu": F.gelu,
+    "gelu": lambda x: x * _normal(x),  # torch's own is 0 from -8.3 down, being 1 + erf
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": quick_gelu,
 }

@@ -1,4 +1,5 @@
 // AVX2 and FMA: eight lanes.
+#include "../../philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -19,12 +20,24 @@
 
 namespace {
 
+using finf::ActivationRows;
+using finf::Attention;
+using finf::AttentionMask;
 using finf::Bf16;
 using finf::Change;
+using finf::ChangeSums;
+using finf::HeadRow;
+using finf::HeadStack;
+using finf::NormRows;
+using finf::NormScratch;
+using finf::NormValue;
 using finf::Row;
+using finf::RowSums;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
+#define FINF_MEMBER inline __attribute__((always_inline))
+#define FINF_LAMBDA __attribute__((always_inline))
 
 struct Vec {
     static constexpr int W = 8;
@@ -41,12 +54,40 @@ FINF_INLINE Vec load(const Bf16* p) {
 }
 FINF_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 
+// To the nearest bfloat16, ties to even; a NaN to a NaN.
+FINF_INLINE __m128i narrow(Vec a) {
+    const __m256i bits = _mm256_castps_si256(a.v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+FINF_INLINE void store(Bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+// Past the cache, to an address that a vector's size divides; `fence` after the last of them.
+FINF_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+FINF_INLINE void stream(Bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+FINF_INLINE void fence() { _mm_sfence(); }
+
 FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+FINF_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+
+// a < b ? yes : no, lane by lane; a NaN is not less.
+FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
+}
+FINF_INLINE bool all_at_most(Vec a, Vec bound) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, bound.v, _CMP_LE_OQ)) == 0xff;
+}
+// The size of a with the sign of b.
+FINF_INLINE Vec copy_sign(Vec a, Vec b) { return _mm256_or_ps(abs(a).v, _mm256_and_ps(_mm256_set1_ps(-0.0f), b.v)); }
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays: the comparison is "not less than".
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -74,7 +115,30 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
     return load(lanes);
 }
 
+template <class T>
+FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
+    T lanes[Vec::W];
+    store(lanes, a);
+    for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
+}
+
+// a0 b0 a1 b1 ...: the lower halves of a and b, and the upper halves.
+FINF_INLINE Vec zip_low(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20);
+}
+FINF_INLINE Vec zip_high(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31);
+}
+
+#include "../tiles/activation_delta.inl.h"
+#include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/fma_peak.inl.h"
+#include "../tiles/gemm_panel.inl.h"
+#include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
+#include "../tiles/normalize.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
@@ -85,7 +149,9 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2", CROSS_ENTROPY_DELTA};
+const Kernels AVX2 = {
+    "avx2",  CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
+    nullptr, flops_of_fma,        noise_row};
 }
 
 #endif

@@ -1,4 +1,5 @@
 // AVX-512 (F, BW, VL): sixteen lanes, masked loads, and an instruction for p 2^n.
+#include "../../philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -13,19 +14,33 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl"))), apply_to = function)
 #else
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header (GCC bug 105593)
+// GCC 12 warns of its own header (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl")
 #endif
 
 namespace {
 
+using finf::ActivationRows;
+using finf::Attention;
+using finf::AttentionMask;
 using finf::Bf16;
 using finf::Change;
+using finf::ChangeSums;
+using finf::HeadRow;
+using finf::HeadStack;
+using finf::NormRows;
+using finf::NormScratch;
+using finf::NormValue;
 using finf::Row;
+using finf::RowSums;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
+#define FINF_MEMBER inline __attribute__((always_inline))
+#define FINF_LAMBDA __attribute__((always_inline))
 
 struct Vec {
     static constexpr int W = 16;
@@ -40,6 +55,21 @@ FINF_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 FINF_INLINE Vec load(const Bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 FINF_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 
+// To the nearest bfloat16, ties to even; a NaN to a NaN.
+FINF_INLINE __m256i narrow(Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.v),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(1 << 22)), 16));
+}
+FINF_INLINE void store(Bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+// Past the cache, to an address that a vector's size divides; `fence` after the last of them.
+FINF_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+FINF_INLINE void stream(Bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+FINF_INLINE void fence() { _mm_sfence(); }
+
 FINF_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
 FINF_INLINE Vec load_first(const float* p, int64_t count, float fill) {
     return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), p);
@@ -47,18 +77,65 @@ FINF_INLINE Vec load_first(const float* p, int64_t count, float fill) {
 FINF_INLINE Vec load_first(const Bf16* p, int64_t count, Bf16 fill) {
     return widen(_mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(fill.bits)), first(count), p));
 }
+FINF_INLINE void store_first(float* p, Vec a, int64_t count) { _mm512_mask_storeu_ps(p, first(count), a.v); }
+FINF_INLINE void store_first(Bf16* p, Vec a, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), narrow(a)); }
 
 FINF_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+FINF_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 FINF_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 FINF_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
+// The size of a with the sign of b.
+FINF_INLINE Vec copy_sign(Vec a, Vec b) {
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN), a_bits = _mm512_castps_si512(a.v);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(sign, _mm512_castps_si512(b.v), a_bits, 0xca));
+}
 FINF_INLINE Vec scale(Vec p, Vec n) { return _mm512_scalef_ps(p.v, n.v); }
 FINF_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// a < b ? yes : no, lane by lane; a NaN is not less.
+FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
+}
+FINF_INLINE bool all_at_most(Vec a, Vec bound) { return _mm512_cmp_ps_mask(a.v, bound.v, _CMP_LE_OQ) == 0xffff; }
+
+// a0 b0 a1 b1 ...: the lower halves of a and b, and the upper halves.
+FINF_INLINE Vec zip_low(Vec a, Vec b) {
+    const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a.v, from, b.v);
+}
+FINF_INLINE Vec zip_high(Vec a, Vec b) {
+    const __m512i from = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a.v, from, b.v);
+}
+
+// c + x0 w0 + x1 w1, where x and w hold two bfloat16 a lane. Written as the instruction itself, which processors with
+// AVX512-BF16 have: what else is in this file must run without. choose.cpp asks.
+FINF_INLINE Vec fma_of_pairs(Vec x, Vec w, Vec c) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(c.v) : "v"(w.v), "v"(x.v));
+    return c;
+}
+// The nearest bfloat16; of the same extension.
+FINF_INLINE void store_nearest(Bf16* p, Vec a) {
+    __m256i bits;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(a.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+#define FINF_PAIRS
+
+#include "../tiles/activation_delta.inl.h"
+#include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/fma_peak.inl.h"
+#include "../tiles/gemm_panel.inl.h"
+#include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
+#include "../tiles/normalize.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
@@ -69,7 +146,12 @@ FINF_INLINE float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 #endif
 
 namespace finf {
-const Kernels AVX512 = {"avx512", CROSS_ENTROPY_DELTA};
-}
+const Kernels AVX512 = {
+    "avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
+    nullptr,  flops_of_fma,        noise_row};
+const Kernels AVX512_BF16 = {"avx512_bf16",        CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
+                             &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
+                             &PAIR_PANELS,         flops_of_fma,        noise_row};
+}  // namespace finf
 
 #endif

@@ -4,16 +4,29 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../philox.h"
 #include "kernels.h"
 
 namespace {
 
+using finf::ActivationRows;
+using finf::Attention;
+using finf::AttentionMask;
 using finf::Bf16;
 using finf::Change;
+using finf::ChangeSums;
+using finf::HeadRow;
+using finf::HeadStack;
+using finf::NormRows;
+using finf::NormScratch;
+using finf::NormValue;
 using finf::Row;
+using finf::RowSums;
 using finf::ScaledSum;
 
 #define FINF_INLINE static inline __attribute__((always_inline))
+#define FINF_MEMBER inline __attribute__((always_inline))
+#define FINF_LAMBDA __attribute__((always_inline))
 
 typedef float F4 __attribute__((vector_size(16)));
 typedef int32_t I4 __attribute__((vector_size(16)));
@@ -37,13 +50,39 @@ FINF_INLINE Vec load(const Bf16* p) {
     return (F4)(bits << 16);
 }
 FINF_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
+// To the nearest bfloat16, ties to even; a NaN to a NaN.
+FINF_INLINE void store(Bf16* p, Vec a) {
+    const U4 bits = (U4)a.v, near = bits + 0x7fff + (bits >> 16 & 1), nan = (U4)(a.v != a.v);
+    const U4 high = ((near & ~nan) | ((bits | 1 << 22) & nan)) >> 16;
+    for (int lane = 0; lane < Vec::W; ++lane) p[lane].bits = static_cast<uint16_t>(high[lane]);
+}
+// There is no portable way past the cache.
+template <class T>
+FINF_INLINE void stream(T* p, Vec a) {
+    store(p, a);
+}
+FINF_INLINE void fence() {}
 
 FINF_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FINF_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 FINF_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+FINF_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+FINF_INLINE Vec sqrt(Vec a) {
+    for (int lane = 0; lane < Vec::W; ++lane) a.v[lane] = std::sqrt(a.v[lane]);
+    return a;
+}
 FINF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FINF_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FINF_INLINE Vec abs(Vec a) { return (F4)((I4)a.v & 0x7fffffff); }
+
+// a < b ? yes : no, lane by lane; a NaN is not less.
+FINF_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes.v : no.v; }
+FINF_INLINE bool all_at_most(Vec a, Vec bound) {
+    const I4 in = a.v <= bound.v;
+    return (in[0] & in[1] & in[2] & in[3]) != 0;
+}
+// The size of a with the sign of b.
+FINF_INLINE Vec copy_sign(Vec a, Vec b) { return (F4)(((I4)a.v & 0x7fffffff) | ((I4)b.v & ~0x7fffffff)); }
 
 // p 2^n for a whole n < 128, zero below the normal numbers; NaN stays, since a comparison with it is false.
 FINF_INLINE Vec scale(Vec p, Vec n) {
@@ -65,10 +104,31 @@ FINF_INLINE Vec load_first(const T* p, int64_t count, T fill) {
     return load(lanes);
 }
 
+template <class T>
+FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
+    T lanes[Vec::W];
+    store(lanes, a);
+    for (int lane = 0; lane < count; ++lane) p[lane] = lanes[lane];
+}
+
+// a0 b0 a1 b1: the lower halves of a and b, and the upper halves.
+FINF_INLINE Vec zip_low(Vec a, Vec b) { return F4{a.v[0], b.v[0], a.v[1], b.v[1]}; }
+FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3]}; }
+
+#include "../tiles/activation_delta.inl.h"
+#include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/fma_peak.inl.h"
+#include "../tiles/gemm_panel.inl.h"
+#include "../tiles/linear_cross_entropy_delta.inl.h"
+#include "../tiles/noise.inl.h"
+#include "../tiles/normalize.inl.h"
+#include "../tiles/squared_error_delta.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline", CROSS_ENTROPY_DELTA};
+const Kernels BASELINE = {
+    "baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
+    nullptr,    flops_of_fma,        noise_row};
 }

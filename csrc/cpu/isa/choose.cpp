@@ -12,6 +12,7 @@ std::vector<const Kernels*> available_kernels() {
     __builtin_cpu_init();
     const bool avx512 =
         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&AVX512_BF16);
     if (avx512) found.push_back(&AVX512);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&AVX2);
 #endif

@@ -5,6 +5,7 @@
 // is zeroed in the buffer and so counts nowhere. Sums are float32 inside a block and double from block to block, so
 // their error does not grow with V.
 
+#include "elements.inl.h"
 #include "exponentials.inl.h"
 
 // Columns of a block: its z, d and buffer are 24 KiB of a first-level cache of 32 or 48.
@@ -13,25 +14,12 @@ constexpr int64_t BLOCK = 2048;
 constexpr int LANES = 4;
 constexpr int64_t STRIDE = LANES * Vec::W;
 
-// The tail of a block, or a whole vector: `fill` stands for what is past the end.
-template <class T>
-FINF_INLINE Vec load_up_to(const T* p, int64_t count, T fill) {
-    return count >= Vec::W ? load(p) : load_first(p, count, fill);
-}
-
 // While a block is worked on in cache, the next one is asked for from memory.
 template <class T>
 FINF_INLINE void fetch_next_block(const T* p) {
     __builtin_prefetch(p + BLOCK);
 }
 
-FINF_INLINE float to_float(float x) { return x; }
-FINF_INLINE float to_float(Bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
 FINF_INLINE float lowest(float) { return -FLT_MAX; }
 FINF_INLINE Bf16 lowest(Bf16) { return Bf16{0xff7f}; }
 

@@ -1,6 +1,7 @@
 // e^x and e^x - 1 over Vec. Included inside an instruction set's namespace.
 //
 // Contract of Vec's max(a, b): the second argument where either is NaN, so max(bound, x) lets a NaN through.
+#pragma once
 
 // Adding and taking away 1.5 * 2^23 leaves no bits after the point: round to the nearest whole number.
 constexpr float ROUNDER = 12582912.0f;
@@ -37,7 +38,7 @@ FINF_INLINE Split split(Vec x) {
     return {n, fma(n, Vec(-LN2_LOW), fma(n, Vec(-LN2_HIGH), x))};
 }
 
-// e^x for x <= 0; zero at -inf.
+// e^x for x < 88; zero at -inf.
 FINF_INLINE Vec exp_of(Vec x) {
     const Split s = split(x);
     return scale(fma(polynomial(EXP, s.r), s.r, Vec(1.0f)), s.n);

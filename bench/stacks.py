@@ -1,0 +1,50 @@
+"""What the benches of the row operations share: stacks of (value, changes), and one measured row of such an operation.
+
+"read" is here a copy of the stack into new memory: what is read once and written once, pages of the result included,
+which on some machines cost more than the copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+import table
+
+__all__ = ["SHAPES", "main", "make", "measured", "name"]
+
+# (Q, N, D): past a second-level cache, and past a last-level one. N is divided by QUICK in a quick run.
+SHAPES = ((4, 512, 768), (4, 8192, 768))
+QUICK = 8
+
+
+def make(Q: int, *shape: int, dtype: torch.dtype, step: float = 1e-3) -> torch.Tensor:
+    """(1+Q, *shape): values of width 1, changes of width `step`."""
+    x = torch.randn(1 + Q, *shape, generator=torch.Generator().manual_seed(0))
+    x[1:] *= step
+    return x.to(dtype)
+
+
+def name(x: torch.Tensor, *more: str) -> str:
+    return " ".join(["x".join(map(str, x.shape)), str(x.dtype).removeprefix("torch."), *more])
+
+
+def measured(case: str, ours: Callable, plain: Callable, stacks: Sequence[torch.Tensor], rounds: int) -> table.Row:
+    """A row of an operation that reads these stacks, all of one size, and writes another."""
+    x = stacks[0]
+    moved = (1 + len(stacks)) * x.element_size() * x.numel()
+    return table.measured(case, {"ours": ours, "torch": plain, "read": x.clone}, moved, rounds)
+
+
+def main(op: str, what: str, run: Callable[[int, int, int, torch.dtype, int], list[table.Row]], argv=None) -> None:
+    """Every shape and dtype through run(Q, N, D, dtype, rounds), as the options say."""
+    options = table.parser(what).parse_args(argv)
+    torch.set_num_threads(options.threads)
+    rounds = options.rounds or (3 if options.quick else 15)
+    rows = []
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            for Q, N, D in SHAPES:
+                rows += run(Q, N // (QUICK if options.quick else 1), D, dtype, rounds)
+    table.show(op, rows, save=options.save)
