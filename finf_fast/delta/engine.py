@@ -39,7 +39,7 @@ from finf_fast.delta.head import Linear
 from finf_fast.delta.kept import Kept
 from finf_fast.delta.kinks import kink
 from finf_fast.delta.stack import Carried, NotCarried, lift
-from finf_fast.delta.table import State, carry, fresh, name_of, words
+from finf_fast.delta.table import State, carry, fresh, name_of
 from finf_fast.delta.weights import weight_sets
 from finf_fast.loss import Loss, Result, joined, mapped
 from finf_fast.reference import product

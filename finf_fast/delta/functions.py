@@ -14,7 +14,7 @@ from finf_fast.delta.arithmetic import mapped_change, mul, put_in_place, wide
 from finf_fast.delta.integers import collapse
 from finf_fast.delta.stack import Stack, values_of
 from finf_fast.delta.structure import cast
-from finf_fast.delta.table import rule, unruled
+from finf_fast.delta.table import rule
 from finf_fast.reference import changes
 
 

@@ -134,23 +134,6 @@ def _rms_norm(module: nn.Module) -> Callable[[Any], Any] | None:
     return _guarded(module, ranks, fused, lambda x: _carries(x, module.weight))
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module and its children: a parent may turn one of them later."""
-    plain = (bool, int, float, str, tuple, type(None))
-    return {
-        f"{name}.{key}": value
-        for name, part in module.named_modules()
-        for key, value in vars(part).items()
-        if isinstance(value, plain) and not key.startswith("_") and key != "training"
-    }
-
-
-def _ranks(D: int) -> dict[int, tuple[int, ...]]:
-    """Rank -> a shape of that rank that ends in D, no two of its sizes alike."""
-    others = [n for n in (2, 3, 5, 7) if n != D]
-    return {rank: (*others[: rank - 1], D) for rank in (1, 2, 3, 4)}
-
-
 def _shifted(x: Any, weight: Any, eps: float) -> Tensor:
     """rms_norm by 1 + weight; the sum in float32, where it loses nothing that the module keeps."""
     base = logical_of(weight)

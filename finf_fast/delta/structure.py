@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -137,13 +136,11 @@ def repeat_interleave(x, repeats, dim=None, *, output_size=None):
 @rule("contiguous")
 def contiguous(x, memory_format=torch.contiguous_format):
     with untouched():  # as torch sees it: a copy where torch gives x itself would miss what is later written into x
-        if memory_format is not torch.preserve_format and x.is_contiguous(memory_format=memory_format):
+        if memory_format is torch.preserve_format or x.is_contiguous(memory_format=memory_format):
             return x
     s = x.stacked
-    if memory_format is torch.preserve_format or s[0].is_contiguous(memory_format=memory_format):
-        return x if isinstance(x, Stack) else Stack(s)  # as torch, no copy: what is then written in place is kept
     if memory_format is torch.contiguous_format:
-        return Stack(s.contiguous())
+        return Stack(s.clone(memory_format=memory_format))
     flat = s.flatten(0, 1).contiguous(memory_format=memory_format)
     return Stack(flat.unflatten(0, s.shape[:2]))
 
