@@ -10,6 +10,7 @@ A new face is a word in `TABLE` here and a runner in the operation's file.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["TABLE", "Face", "Verdict", "backends", "choose", "chosen", "compiled", "faces"]
+__all__ = ["TABLE", "Face", "Verdict", "backends", "choose", "chosen", "compiled", "compiled_cuda", "faces", "interpreted"]
 
 log = logging.getLogger("finf_fast")
 
@@ -43,6 +44,7 @@ class Verdict:
 
 _ANY = Face(None, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _SHORT = Face(("cpu",), (torch.float32, torch.bfloat16))
+_GPU = Face(("cuda",), (torch.float32, torch.bfloat16))
 
 # Faces in order of preference: what is listed first is fastest where it runs at all.
 TABLE: dict[str, dict[str, Face]] = {
@@ -81,8 +83,35 @@ def _unbuilt() -> str:
     return ""
 
 
+@functools.cache
+def compiled_cuda() -> ModuleType:
+    """The module of CUDA kernels; ImportError if it was not built: no nvcc was there."""
+    from finf_fast import _cuda
+
+    return _cuda
+
+
+def _unbuilt_cuda() -> str:
+    try:
+        compiled_cuda()
+    except ImportError as error:
+        return f"_cuda not built: {error}"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _without_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "" if interpreted() or torch.cuda.is_available() else "no CUDA device"
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels were asked for without a GPU: on CPU tensors, through Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FINF_BACKEND") == "triton"
+
+
 # A face that needs more than torch says here what it misses.
-_MISSING: dict[str, Callable[[], str]] = {"cpp": _unbuilt}
+_MISSING: dict[str, Callable[[], str]] = {"cpp": _unbuilt, "triton": _without_triton, "cuda": _unbuilt_cuda}
 
 _choices: dict[tuple, str] = {}
 _logged: set[tuple[str, str, str]] = set()
@@ -160,8 +189,9 @@ def _judge(op: str, face: str, inputs: tuple[Tensor, ...]) -> Verdict:
 
 
 def _refusal(face: str, takes: Face, x: Tensor) -> str:
-    if takes.devices is not None and x.device.type not in takes.devices:
-        return f"{x.device.type}: the {face} face runs on {' and '.join(takes.devices)} only"
+    devices = ("cpu",) if face == "triton" and interpreted() else takes.devices
+    if devices is not None and x.device.type not in devices:
+        return f"{x.device.type}: the {face} face runs on {' and '.join(devices)} only"
     if x.dtype not in takes.dtypes:
         return f"{_words((x.dtype,))}: the {face} face takes {_words(takes.dtypes)} only"
     return ""
