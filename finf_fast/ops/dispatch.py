@@ -20,7 +20,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["TABLE", "Face", "Verdict", "backends", "choose", "chosen", "compiled", "compiled_cuda", "faces", "interpreted"]
+__all__ = [
+    "TABLE",
+    "Face",
+    "Verdict",
+    "backends",
+    "choose",
+    "chosen",
+    "compiled",
+    "compiled_cuda",
+    "faces",
+    "interpreted",
+]
 
 log = logging.getLogger("finf_fast")
 
