@@ -1,6 +1,6 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
-# make prove   the long proofs: every instruction set, packaging from scratch, interrupted runs
+# make prove   the long proofs: every instruction set, sanitizers, packaging from scratch, interrupted runs
 # make sanitize  the tests of the operations on an extension built with ASan and UBSan
 # make bench   the measurements behind README, into bench/results/
 # make lint    style of Python and C++
@@ -42,11 +42,12 @@ test: $(VENV)/.installed
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())") && test -n "$$sets" && for isa in $$sets; do \
 	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
+	$(MAKE) sanitize
 	$(BIN)/python -m pytest -m prove
 
 # A copy of the package with an extension that ends the program at the first bad address or undefined step. Python itself
 # is built without, so the sanitizer's library goes first; leaks are the interpreter's own. pytest by its own name: as a
-# module it would put the checkout before the copy.
+# module it would put the checkout before the copy, as the processes of the tests of instruction sets do.
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
@@ -55,7 +56,7 @@ sanitize: $(VENV)/.installed
 	export LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib && cd build/sanitize && \
 	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
-	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider $(addprefix $(CURDIR)/,$(OP_TESTS))
+	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider -k 'not instruction_set' $(addprefix $(CURDIR)/,$(OP_TESTS))
 
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta \
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
