@@ -1,9 +1,10 @@
 """The carried change end to end: time, peak memory and error beside pairs of plain forwards and ``torch.func.jvp``.
 
-Four ways over the same samples, each in a process of its own: the delta engine in bfloat16 and in float32, the pair
-engine in float32, forward-mode differentiation in float32 (query by query, all it can do). Truth is the pair engine in
-float64. The updates are plain gradient steps on held-out samples, in factors of rank 32 where these pay. Times are of
-scoring alone, after one sample to warm up; every way takes the batch that the planner gives it, jvp the pair engine's.
+Six ways over the same samples, each in a process of its own: the delta engine in bfloat16 and in float32, the pair
+engine in float32 with oneDNN's product and with torch's default one, forward-mode differentiation in float32 (query by
+query, all it can do), the method's released loop (see bench_sweep.py). Truth is the pair engine in float64. The updates
+are plain gradient steps on held-out samples, in factors of rank 32 where these pay. Times are of scoring alone, after
+one sample to warm up (the loop's: none); every way takes the batch that the planner gives it, jvp the pair engine's.
 
     python bench/bench_delta_sweep.py [--models gpt2 resnet18] [--queries 1 4 16] [--save] [--quick]
     python bench/bench_delta_sweep.py --ops gpt2 4      # where the delta engine's time goes, function by function
@@ -40,6 +41,7 @@ from finf_fast.delta.table import name_of
 from finf_fast.lowrank import dense
 from finf_fast.pair import PairEngine
 from finf_fast.planning import free_bytes, make_plan, probe
+from finf_fast.reference import product
 from finf_fast.transfer import rows
 
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ LR = 1e-3  # losses move by 1e-3 (ResNet) or so
 HELD_OUT = 2000  # samples drawn; the last are the queries, far past those that are scored
 RUN = "FINF_BENCH_RUN"  # names the folder of the updates that the processes of one run share
 SAMPLES = {"gpt2": {1: 4, 4: 2, 16: 1}, "resnet18": {1: 256, 4: 128, 16: 64}}
-WAYS = ("carried_bf16", "carried_fp32", "pair_fp32", "jvp_fp32")
+WAYS = ("carried_bf16", "carried_fp32", "pair_fp32", "pair_fp32_default_product", "jvp_fp32", "released_fp32")
 
 
 def updates_of(case: str, model: nn.Module, queries: int, loss: losses.Loss) -> list[ff.Update]:
@@ -73,7 +75,9 @@ def work(case: str, queries: int, samples: int) -> tuple[nn.Module, Any, list[ff
 
 
 def engine_of(way: str, model: nn.Module, updates: list[ff.Update], loss: losses.Loss) -> Any:
-    kind, _, word = way.partition("_")
+    kind, word, *plain = way.split("_", 2)
+    if plain:
+        product.available = lambda: False
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[word]
     if kind == "carried":
         return DeltaEngine(model, updates, loss, CPU, dtype)
@@ -83,6 +87,8 @@ def engine_of(way: str, model: nn.Module, updates: list[ff.Update], loss: losses
 def one(case: str, way: str, queries: int, samples: int) -> dict[str, Any]:
     """One run in this process: seconds, peak MiB and the scores."""
     model, batch, updates, loss = work(case, queries, samples)
+    if way.startswith("released"):
+        return released(case, model, updates, loss, samples)
     if way.startswith("jvp"):
         score, size = derivatives(model, updates, loss), 1 if case == "gpt2" else 64
         score(rows(batch, 0, 1))
@@ -94,6 +100,16 @@ def one(case: str, way: str, queries: int, samples: int) -> dict[str, Any]:
         score(rows(batch, 0, 1))
     since = time.perf_counter()
     delta = torch.cat([score(rows(batch, at, min(at + size, samples))) for at in range(0, samples, size)], 1)
+    seconds = time.perf_counter() - since
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds, "peak_mib": peak, "delta": delta.double().tolist(), "batch": size}
+
+
+def released(case: str, model: nn.Module, updates: list[ff.Update], loss: losses.Loss, samples: int) -> dict[str, Any]:
+    """The method's own loop, its readers started anew for each query as it does; nothing to warm up."""
+    _, data, _, _, size = bench_sweep.CASES[case]
+    since = time.perf_counter()
+    delta = bench_sweep.released(model, data(samples), updates, bench_sweep.CASES[case][2], size)
     seconds = time.perf_counter() - since
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": seconds, "peak_mib": peak, "delta": delta.double().tolist(), "batch": size}

@@ -134,7 +134,8 @@ def ours(model, data, updates, loss, batch):
 
 
 def released(model, data, updates, loss, batch):
-    """Two forwards a batch a query, autograd on, the data read again for each query."""
+    """Two forwards a batch a query, autograd on, the data read again for each query: (Q, S) changes."""
+    found = []
     for update in updates:
         after = copy.deepcopy(model)
         with torch.no_grad():
@@ -144,7 +145,8 @@ def released(model, data, updates, loss, batch):
         scores = []
         for sample in loader:
             scores.append((losses(after, sample, loss) - losses(model, sample, loss)).detach())
-        torch.cat(scores)
+        found.append(torch.cat(scores))
+    return torch.stack(found)
 
 
 def losses(model, sample, loss):
