@@ -1,4 +1,7 @@
-"""What this machine is and what its memory can do: the ceilings that a kernel's numbers are read against."""
+"""What this machine is, what its memory and its arithmetic can do: the ceilings that a kernel is read against.
+
+python bench/machine.py [--save] [--threads 2]
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ import torch
 import finf_fast
 from finf_fast import _C
 
-__all__ = ["copy_bandwidth", "describe", "read", "read_bandwidth"]
+__all__ = ["copy_bandwidth", "describe", "fma_peak", "read", "read_bandwidth"]
 
 ELEMENTS = 1 << 26  # 256 MiB of float32: far past any last-level cache
 
@@ -80,6 +84,19 @@ def copy_bandwidth(rounds: int = 5) -> float:
     return 8 * ELEMENTS / _best_seconds(lambda: y.copy_(x), rounds) / 1e9
 
 
+def fma_peak(kind: str, rounds: int = 5) -> float:
+    """GFLOP/s of multiplying and adding in registers on every thread at once; kind: fp32 or bf16."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        return max(sum(pool.map(_C.fma_peak, [kind] * threads)) for _ in range(rounds))
+
+
+def ceilings() -> dict[str, float]:
+    """GFLOP/s and GB/s of all threads together."""
+    peaks = {f"{kind}_gflops": fma_peak(kind) for kind in ("fp32", "bf16")}
+    return peaks | {"read_gb_per_s": read_bandwidth(), "copy_gb_per_s": copy_bandwidth()}
+
+
 def _best_seconds(work, rounds: int) -> float:
     found = []
     for _ in range(rounds):
@@ -87,3 +104,18 @@ def _best_seconds(work, rounds: int) -> float:
         work()
         found.append(time.perf_counter() - since)
     return min(found)
+
+
+def main(argv: list[str] | None = None) -> None:
+    import table  # which imports this page
+
+    options = table.parser("What this machine can do.").parse_args(argv)
+    torch.set_num_threads(options.threads)
+    found = {name: round(value, 1) for name, value in ceilings().items()}
+    print(" | ".join(f"{name} {value}" for name, value in found.items()))
+    if options.save:
+        print(f"saved to {table.append('machine', [found], describe())}")
+
+
+if __name__ == "__main__":
+    main()
