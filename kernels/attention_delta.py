@@ -105,76 +105,71 @@ def _inverse(total):
 
 
 @triton.jit
-def _softmax_after(
-    q0, dq, q1, K0, DK, V0, DV, MASK, k_t, v_t, m_t, m_k, first, end, T, TK, E, EV, scale, cap,
-    CAUSAL: tl.constexpr, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, V_MOVES: tl.constexpr,
-    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-):  # fmt: skip
-    """The block's output after the change, by a softmax of its own."""
-    BLOCK_M: tl.constexpr = q0.shape[0]
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
-    for start in range(0, end, BLOCK_N):
-        count = TK - start
-        k0 = _rows(K0, k_t, count, E, BLOCK_N, WIDTH)
-        dk = _rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
-        raw = _score(q0, k0, scale)
-        s = _hidden(_capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
-        s += _score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
-        old = tl.maximum(m, LOWEST)
-        m = tl.maximum(m, tl.max(s, 1))
-        shrink = tl.exp(old - tl.maximum(m, LOWEST))
-        p = rounded(tl.exp(s - tl.maximum(m, LOWEST)[:, None]), V0.dtype.element_ty)
-        total = total * shrink + tl.sum(p.to(tl.float32), 1)
-        sums = product(p, _rows(V0, v_t, count, EV, BLOCK_N, WIDTH_V), sums * shrink[:, None])
-        if V_MOVES:
-            sums = product(p, _rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V), sums)
-        K0 += k_t * BLOCK_N
-        DK += k_t * BLOCK_N
-        V0 += v_t * BLOCK_N
-        DV += v_t * BLOCK_N
-    return sums * _inverse(total)[:, None]
+def _softmax_step(s, v0, dv, m, total, sums, V_MOVES: tl.constexpr):
+    """A tile's share in an online softmax with the values v0 (+ dv); largest score, sum and weighted values follow."""
+    old = tl.maximum(m, LOWEST)
+    m = tl.maximum(m, tl.max(s, 1))
+    top = tl.maximum(m, LOWEST)
+    shrink = tl.exp(old - top)
+    p = rounded(tl.exp(s - top[:, None]), v0.dtype)
+    sums = product(p, v0, sums * shrink[:, None])
+    if V_MOVES:
+        sums = product(p, dv, sums)
+    return m, total * shrink + tl.sum(p.to(tl.float32), 1), sums
+
+
+@triton.jit
+def _place(pid, blocks, QUERIES, HEADS, BLOCK_M: tl.constexpr):
+    """(first row, query, batch and head counted together, batch, head) of a program; all but the first in 64 bits.
+
+    A head's last rows come first: under `causal` theirs are the longest walks.
+    """
+    head = (pid // blocks // QUERIES).to(tl.int64)
+    first = (blocks - 1 - pid % blocks) * BLOCK_M
+    return first, (pid // blocks % QUERIES).to(tl.int64), head, head // HEADS, head % HEADS
+
+
+@triton.jit
+def _queries(Q, stride, first, n, q_n, T, E, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, MOVES: tl.constexpr):
+    """A block of queries, and its change (itself where queries stand still)."""
+    Q += first.to(tl.int64) * stride
+    q0 = _rows(Q, stride, T - first, E, BLOCK_M, WIDTH)
+    return q0, _rows(Q + (1 + n) * q_n, stride, T - first, E, BLOCK_M, WIDTH) if MOVES else q0
+
+
+@triton.jit
+def _moved(q0, dq, MOVES: tl.constexpr):
+    return rounded(q0.to(tl.float32) + dq.to(tl.float32), q0.dtype) if MOVES else q0
 
 
 @triton.jit
 def _attention_delta_kernel(
-    Q, K, V, MASK, OUT,
+    Q, K, V, MASK, OUT, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
     QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
     CAUSAL: tl.constexpr, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, V_MOVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
+    """The walk: all of the output, and in LARGE which rows need the other kernel."""
     SCORES_MOVE: tl.constexpr = Q_MOVES or K_MOVES
     TYPE: tl.constexpr = V.dtype.element_ty
-    blocks = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    first = (blocks - 1 - pid % blocks) * BLOCK_M  # under `causal` the longest walks start first
-    n = (pid // blocks % QUERIES).to(tl.int64)
-    head = (pid // blocks // QUERIES).to(tl.int64)
-    b, h = head // HEADS, head % HEADS
-    end = min(TK, first + BLOCK_M) if CAUSAL else TK
-
-    Q0 = Q + b * q_b + h * q_h + first.to(tl.int64) * q_t
-    K0 = K + b * k_b + h // GROUP * k_h
-    V0 = V + b * v_b + h // GROUP * v_h
-    DK, DV = K0 + (1 + n) * k_n, V0 + (1 + n) * v_n
+    first, n, head, b, h = _place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
+    q0, dq = _queries(Q + b * q_b + h * q_h, q_t, first, n, q_n, T, E, BLOCK_M, WIDTH, Q_MOVES)
+    q1 = _moved(q0, dq, Q_MOVES and K_MOVES)
+    K += b * k_b + h // GROUP * k_h
+    V += b * v_b + h // GROUP * v_h
+    DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
     if MASK is not None:
         MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
-    q0 = _rows(Q0, q_t, T - first, E, BLOCK_M, WIDTH)
-    dq = _rows(Q0 + (1 + n) * q_n, q_t, T - first, E, BLOCK_M, WIDTH) if Q_MOVES else q0
-    q1 = rounded(q0.to(tl.float32) + dq.to(tl.float32), TYPE) if Q_MOVES and K_MOVES else q0
-
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     d0 = tl.zeros((BLOCK_M,), tl.float32)
     d, d1, bias, shift, large = d0, d0, d0, d0, d0
     N0 = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
     N = N0
-    K1, DK1, V1, DV1 = K0, DK, V0, DV
-    for start in range(0, end, BLOCK_N):
+    for start in range(0, min(TK, first + BLOCK_M) if CAUSAL else TK, BLOCK_N):
         count = TK - start
-        k0 = _rows(K1, k_t, count, E, BLOCK_N, WIDTH)
-        v0 = _rows(V1, v_t, count, EV, BLOCK_N, WIDTH_V)
+        k0 = _rows(K, k_t, count, E, BLOCK_N, WIDTH)
+        v0 = _rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
         raw = _score(q0, k0, scale)
         s = _hidden(_capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
         best, old = tl.max(s, 1), tl.maximum(m, LOWEST)
@@ -186,7 +181,7 @@ def _attention_delta_kernel(
         short = rounded(p, TYPE)
         fresh = tl.sum(short.to(tl.float32), 1)
         if SCORES_MOVE:
-            dk = _rows(DK1, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+            dk = _rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
             ds = _score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
             # Among keys that lead alike it is the one that gains most.
             lead = tl.max(tl.where(s == m[:, None], ds, float("-inf")), 1)
@@ -212,32 +207,91 @@ def _attention_delta_kernel(
             N *= shrink[:, None]
             after = short
         if V_MOVES:
-            N = product(after, _rows(DV1, v_t, count, EV, BLOCK_N, WIDTH_V), N)
+            N = product(after, _rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V), N)
         d0 = d0 * shrink + fresh
         N0 = product(short, v0, N0 * shrink[:, None])
-        K1 += k_t * BLOCK_N
-        DK1 += k_t * BLOCK_N
-        V1 += v_t * BLOCK_N
-        DV1 += v_t * BLOCK_N
+        K += k_t * BLOCK_N
+        DK += k_t * BLOCK_N
+        V += v_t * BLOCK_N
+        DV += v_t * BLOCK_N
 
-    offs, at = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, WIDTH_V)[None, :]
-    inside = (offs < T - first) & (at < EV)
-    OUT += (head * T + first) * EV + offs * EV + at
     y = N0 * _inverse(d0)[:, None]
     if n == 0:
-        tl.store(OUT, rounded(y, TYPE), mask=inside)
+        _write(OUT, y, head, first, T, EV)
     if SCORES_MOVE:
-        change = (N - y * d[:, None]) * _inverse(d1)[:, None]
+        _write(OUT + (1 + n) * o_n, (N - y * d[:, None]) * _inverse(d1)[:, None], head, first, T, EV)
         large = tl.where(d1 < LEAST_LEFT * d0, 1.0, large)
-        if tl.max(large, 0) > 0:
-            y1 = _softmax_after(
-                q0, dq, q1, K0, DK, V0, DV, MASK, k_t, v_t, m_t, m_k, first, end, T, TK, E, EV, scale, cap,
-                CAUSAL, Q_MOVES, K_MOVES, V_MOVES, BLOCK_N, WIDTH, WIDTH_V,
-            )  # fmt: skip
-            change = tl.where(large[:, None] > 0, y1 - y, change)
-        tl.store(OUT + (1 + n) * o_n, rounded(change, TYPE), mask=inside)
+        rows = tl.arange(0, BLOCK_M)
+        tl.store(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + rows, large)
     elif V_MOVES:
-        tl.store(OUT + (1 + n) * o_n, rounded(N * _inverse(d0)[:, None], TYPE), mask=inside)
+        _write(OUT + (1 + n) * o_n, N * _inverse(d0)[:, None], head, first, T, EV)
+
+
+@triton.jit
+def _write(OUT, y, head, first, T, EV, wanted=None):
+    """A block of rows, or those of it that are wanted, into a contiguous (B H, T, E')."""
+    rows, at = tl.arange(0, y.shape[0])[:, None], tl.arange(0, y.shape[1])[None, :]
+    OUT += (head * T + first) * EV
+    inside = (rows < T - first) & (at < EV)
+    if wanted is not None:
+        inside = inside & wanted[:, None]
+    tl.store(OUT + rows * EV + at, rounded(y, OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _softmax_step(s, v0, dv, m, total, sums, V_MOVES: tl.constexpr):
+    """A tile's share in an online softmax with the values v0 (+ dv); largest score, sum and weighted values follow."""
+    old = tl.maximum(m, LOWEST)
+    m = tl.maximum(m, tl.max(s, 1))
+    top = tl.maximum(m, LOWEST)
+    shrink = tl.exp(old - top)
+    p = rounded(tl.exp(s - top[:, None]), v0.dtype)
+    sums = product(p, v0, sums * shrink[:, None])
+    if V_MOVES:
+        sums = product(p, dv, sums)
+    return m, total * shrink + tl.sum(p.to(tl.float32), 1), sums
+
+
+@triton.jit
+def _large_change_kernel(
+    Q, K, V, MASK, OUT, LARGE,
+    q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
+    QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
+    CAUSAL: tl.constexpr, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, V_MOVES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+):  # fmt: skip
+    """For the rows that LARGE marks: the output after the change less that before, each by a softmax of its own."""
+    large = tl.load(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
+    if tl.max(large, 0) > 0:
+        first, n, head, b, h = _place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
+        q0, dq = _queries(Q + b * q_b + h * q_h, q_t, first, n, q_n, T, E, BLOCK_M, WIDTH, Q_MOVES)
+        q1 = _moved(q0, dq, Q_MOVES and K_MOVES)
+        K += b * k_b + h // GROUP * k_h
+        V += b * v_b + h // GROUP * v_h
+        DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
+        if MASK is not None:
+            MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
+        m0 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total0 = tl.zeros((BLOCK_M,), tl.float32)
+        sums0 = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
+        m1, total1, sums1 = m0, total0, sums0
+        for start in range(0, min(TK, first + BLOCK_M) if CAUSAL else TK, BLOCK_N):
+            count = TK - start
+            k0 = _rows(K, k_t, count, E, BLOCK_N, WIDTH)
+            dk = _rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+            v0 = _rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
+            dv = _rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V) if V_MOVES else v0
+            raw = _score(q0, k0, scale)
+            s = _hidden(_capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
+            m0, total0, sums0 = _softmax_step(s, v0, dv, m0, total0, sums0, False)
+            s += _score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
+            m1, total1, sums1 = _softmax_step(s, v0, dv, m1, total1, sums1, V_MOVES)
+            K += k_t * BLOCK_N
+            DK += k_t * BLOCK_N
+            V += v_t * BLOCK_N
+            DV += v_t * BLOCK_N
+        change = sums1 * _inverse(total1)[:, None] - sums0 * _inverse(total0)[:, None]
+        _write(OUT + (1 + n) * o_n, change, head, first, T, EV, large > 0)
 
 
 def attention_delta(
@@ -256,22 +310,24 @@ def attention_delta(
     tile = _tile(q, E, EV)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    grid = (triton.cdiv(T, tile.BLOCK_M) * queries * B * H,)
-    _attention_delta_kernel[grid](
-        *(q, k, v, mask, out, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4]),
-        *(mask.stride() if mask is not None else (0, 0, 0, 0)),
-        *(out.stride(0), queries, H, H // k.shape[2], T, TK, E, EV, scale, cap),
-        CAUSAL=causal,
-        Q_MOVES=len(q) > 1,
-        K_MOVES=len(k) > 1,
-        V_MOVES=len(v) > 1,
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        WIDTH=width(E),
-        WIDTH_V=width(EV),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    blocks = triton.cdiv(T, tile.BLOCK_M) * queries * B * H
+    moves = {"Q_MOVES": len(q) > 1, "K_MOVES": len(k) > 1, "V_MOVES": len(v) > 1}
+    # Looked into on the device alone: the second kernel is always launched, and mostly returns at once.
+    large = torch.empty(blocks * tile.BLOCK_M, dtype=torch.float32, device=q.device)
+    for kernel in (_attention_delta_kernel, _large_change_kernel)[: 1 + (len(q) > 1 or len(k) > 1)]:
+        kernel[(blocks,)](
+            *(q, k, v, mask, out, large, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4]),
+            *(mask.stride() if mask is not None else (0, 0, 0, 0)),
+            *(out.stride(0), queries, H, H // k.shape[2], T, TK, E, EV, scale, cap),
+            **moves,
+            CAUSAL=causal,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            WIDTH=width(E),
+            WIDTH_V=width(EV),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
 
 def width(E: int) -> int:
