@@ -21,6 +21,9 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # so that small tests too cut an axis in several parts.
 MULTIPROCESSORS = {INTERPRETER: 6, 80: 108, 89: 142, 90: 132, 100: 148}
 
+# Of every launch: Triton 3.10 would otherwise split each multiply-add, and the formulas are full of them.
+OPTIONS = {"enable_fp_fusion": True}
+
 Settings = TypeVar("Settings")
 
 

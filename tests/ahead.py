@@ -7,8 +7,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from finf_fast.kernels.configurations import Specimen
+from finf_fast.kernels.configurations import OPTIONS, Specimen
 
+TOLD = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "MUFU")
 # ptxas gives up registers for local memory by these.
 SPILLS = ("LDL", "STL")
 
@@ -33,9 +34,7 @@ class Compiled:
         return sum(self.count(instruction) for instruction in SPILLS)
 
     def __str__(self) -> str:
-        seen = {
-            name: n for name in ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "MUFU") if (n := self.count(name))
-        }
+        seen = {name: n for name in TOLD if (n := self.count(name))}
         return f"{self.registers} registers, stack {self.stack}, spills {self.spills}, shared {self.shared}, {seen}"
 
 
@@ -55,7 +54,7 @@ def compile_for(architecture: int, specimen: Specimen) -> Compiled:
         constexprs={(names.index(name),): value for name, value in specimen.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in _aligned(specimen)},
     )
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, **specimen.options}
+    options = {**OPTIONS, "num_warps": specimen.num_warps, "num_stages": specimen.num_stages, **specimen.options}
     done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return _look_into(done)
 
