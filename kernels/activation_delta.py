@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finf_fast.kernels.activations import far_change, is_near, near_change, shared, value
+from finf_fast.kernels.activations import KINDS, far_change, is_near, near_change, shared, value
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, settings_for
 from finf_fast.kernels.numerics import rounded
 
 
@@ -22,6 +23,12 @@ class Block:
 
     BLOCK: int
     num_warps: int
+
+
+# Eight numbers a thread: one load of 16 bytes in bfloat16, two in float32. More would make it likelier that a block
+# holds a change too long for the short form. The interpreter's cost is by operation.
+_GPU = Block(1024, 4)
+BLOCKS = {INTERPRETER: Block(8192, 1), 80: _GPU, 89: _GPU, 90: _GPU, 100: _GPU}
 
 
 @triton.jit
@@ -41,7 +48,7 @@ def _activation_delta_kernel(
         tl.store(Y + at, rounded(f * g, TYPE), mask=mask)
     else:
         tl.store(Y + at, rounded(f, TYPE), mask=mask)
-    for q in range(0, CHANGES):
+    for _ in range(0, CHANGES):
         X += x_q
         Y += M
         if X_MOVES:
@@ -69,7 +76,7 @@ def activation_delta(x: Tensor, gate: Tensor | None, y: Tensor, kind: str) -> No
     As `finf_fast.ops.activation_delta`; float32 or bfloat16.
     """
     M = y.shape[1]
-    block = _block()
+    block = settings_for(BLOCKS, architecture(x.device))
     _activation_delta_kernel[(triton.cdiv(M, block.BLOCK),)](
         *(x, gate, y, M, len(y) - 1, x.stride(0), 0 if gate is None else gate.stride(0)),
         X_MOVES=len(x) > 1,
@@ -77,8 +84,27 @@ def activation_delta(x: Tensor, gate: Tensor | None, y: Tensor, kind: str) -> No
         KIND=kind,
         BLOCK=block.BLOCK,
         num_warps=block.num_warps,
+        **OPTIONS,
     )
 
 
-def _block() -> Block:
-    return Block(1024, 4)
+def specimens(architecture: int) -> list[Specimen]:
+    """Every function, plain in bfloat16 and gated in float32, which take fewest and most registers."""
+    block = settings_for(BLOCKS, architecture)
+    sizes = dict.fromkeys(["M", "x_q", "gate_q", "CHANGES"], "i32")
+    return [
+        Specimen(
+            f"{kind} {'gated fp32' if gated else 'bf16'}",
+            _activation_delta_kernel,
+            dict.fromkeys(["X", "Y", "GATE"] if gated else ["X", "Y"], "*fp32" if gated else "*bf16") | sizes,
+            {
+                **({} if gated else {"GATE": None}),
+                **{"X_MOVES": True, "GATE_MOVES": gated, "KIND": kind, "BLOCK": block.BLOCK},
+            },
+            num_warps=block.num_warps,
+            num_stages=1,
+            unaligned=("CHANGES",),
+        )
+        for kind in KINDS
+        for gated in (False, True)
+    ]

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from finf_fast.kernels.numerics import expm1, half_tanh
 
+KINDS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu")
+
 # Up to here a sigmoid's argument may move for the short form.
 SHORT_REACH = tl.constexpr(0.25)
 # gelu_tanh(x) = x sigmoid(x (a + b x^2)), a = 2 sqrt(2/pi), b = 0.044715 a (Hendrycks and Gimpel, arXiv 1606.08415).
@@ -114,7 +116,8 @@ def _distribution(h, tail):
 def _near_step_of_normal(density, h, d):
     """Phi(h + d) − Phi(h), the density's integral, around its middle m: with u = d² and k = m d it is
 
-    d density(m) (1 + (k² − u) / 24 + (k⁴ − 6 k² u + 3 u²) / 1920 + ...), and density(m) = density(h) e^(−d (h + d/4) / 2).
+    d density(m) (1 + (k² − u) / 24 + (k⁴ − 6 k² u + 3 u²) / 1920 + ...),
+    where density(m) = density(h) e^(−d (h + d/4) / 2).
     """
     half = 0.5 * d
     u = d * d

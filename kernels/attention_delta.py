@@ -1,20 +1,23 @@
-"""Softmax attention on stacks (value, changes): base output and a query's change in one pass over keys and values.
+"""Softmax attention on stacks (value, changes), flash style: no score is stored.
 
-A program takes a block of rows of one head and one query's changes; keys and values pass by in tiles, as in an online
-softmax, and no score is stored. The sums are those of the compiled face (``csrc/cpu/tiles/attention_delta.inl.h``).
-With s the scores, m the largest so far, j its key, p = e^(s − m), and g = ds − ds_j what a key gains on j:
+With s the scores, m the largest of a row, j its key, p = e^(s − m), D0 = Σ p, and g = ds − ds_j what a key gains on j,
+the changes' own numbers are
 
-    N0 = Σ p v0     N = Σ (p (expm1(g) − b) v0 + p e^g dv)
-    D0 = Σ p        D = Σ  p (expm1(g) − b)                  D1 = Σ p e^g
+    N = Σ (p (expm1(g) − b) v0 + p e^g dv)     D = Σ p (expm1(g) − b)     D1 = Σ p e^g     y = Σ p v0 / D0
 
-and in the end y = N0 / D0 and its change is (N − y D) / D1, whatever b is; with b near the mean of expm1(g) under p, N
-and y D are no large numbers of which little is left. When a tile brings a new j, whose change lies c above the old
-one's, the sums follow: with k = e^(m before − m),
+and the change of y is (N − y D) / D1, whatever b is. A softmax does not feel that g is counted from j; j itself then
+gains as good as nothing, so that a row which looks at hardly anything else keeps the digits of what little moves. With
+b near the mean of expm1(g) under p, N and y D are no large numbers of which little is left.
 
-    N <- k (e^-c N + (e^-c b + expm1(−c) − new b) N0),  the same with D for N,      D1 <- k e^-c D1.
+Three kernels, a block of rows of one head each:
+
+1. the value: y, m, D0 and j, by an online softmax, once for all queries;
+2. a query's change: with m and j known nothing has to be taken back, and N is the only large sum, which leaves room in
+   the registers for heads of 128;
+3. after a large change, which the second marks by row: one softmax less the other, which then loses nothing.
 
 Weights are rounded to the values' type before they are multiplied, and D0 and D are sums of the same rounded weights.
-After a large change, one softmax less the other loses nothing, and a second walk takes it.
+The compiled face does the same in one walk (``csrc/cpu/tiles/attention_delta.inl.h``).
 """
 
 from __future__ import annotations
@@ -26,18 +29,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finf_fast.kernels.numerics import INTERPRETED, expm1, product, rounded, softcap, softcap_change
+from finf_fast.kernels.attention_scores import (
+    LOWEST,
+    capped,
+    end_of_keys,
+    hidden,
+    inverse,
+    leader_change,
+    load_block,
+    load_numbers,
+    load_rows,
+    moved,
+    place,
+    score,
+    score_change,
+    softmax_step,
+    store_numbers,
+    write,
+)
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, settings_for
+from finf_fast.kernels.numerics import expm1, product, rounded
 
-# Past this gain the second walk is taken. A key whose p is zero in float32, below e^-87, counts for less than e^-27
-# after it, and e^64 p stays far inside the range.
+# Past this gain the third kernel takes the row. A key whose p is zero in float32, below e^-87, counts for less than
+# e^-27 after it, and e^64 p stays far inside the range.
 LARGEST_GAIN = tl.constexpr(60.0)
 CAPPED_GAIN = tl.constexpr(64.0)
 # A key this far behind the leading one after the change counts for nothing, however much it has gained.
 OUT_OF_SIGHT = tl.constexpr(-40.0)
 # Where so little of D0 is left, N − y D is a small difference of large sums.
 LEAST_LEFT = tl.constexpr(1.0 / 16)
-# Stands in for the m of a row that has seen nothing yet, from which nothing can be taken away.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+# A row's first tile tells b where it holds this share of all weights at least: one of 64 keys does among 2^16 alike.
+LEAST_SHARE = tl.constexpr(1.0 / 1024)
 
 
 @dataclass(frozen=True)
@@ -50,248 +72,179 @@ class Tile:
     num_stages: int
 
 
-@triton.jit
-def _rows(X, stride, count, width, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """(BLOCK, WIDTH) of a head's rows from X on; zeros behind `count` rows and `width` numbers."""
-    offs, at = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
-    return tl.load(X + offs * stride + at, mask=(offs < count) & (at < width), other=0.0)
+@dataclass(frozen=True)
+class Tiles:
+    """By the wider of a head's two widths, padded: up to 64, to 128, wider; float32 of any width."""
+
+    narrow: Tile
+    middle: Tile
+    wide: Tile
+    long: Tile
+
+    def of(self, dtype: torch.dtype, width: int) -> Tile:
+        if dtype == torch.float32:
+            return self.long
+        return self.narrow if width <= 64 else self.middle if width <= 128 else self.wide
+
+
+# A thread holds its share of N, of scores, their gains and weights: 64 rows to four warps leave room for 32 or 64 keys.
+_LONG = Tile(32, 32, 4, 1)
+TILES = {
+    INTERPRETER: Tiles(*[Tile(64, 64, 1, 1)] * 4),
+    80: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), _LONG),
+    89: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), _LONG),
+    90: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _LONG),
+    100: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _LONG),
+}
 
 
 @triton.jit
-def _hidden(s, MASK, m_t, m_k, first, start, T, TK, CAUSAL: tl.constexpr):
-    """Scores with the mask added, -inf where a row may not look; MASK stands at the block's first row, key 0."""
-    rows = tl.arange(0, s.shape[0])[:, None]
-    keys = start + tl.arange(0, s.shape[1])[None, :]
-    inside = keys < TK
+def _value_kernel(
+    Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_t, m_k, HEADS, GROUP, T, TK, E, EV, scale, cap,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+):  # fmt: skip
+    first, _, head, b, h = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), 1, HEADS, BLOCK_M)
+    q = load_rows(Q + b * q_b + h * q_h + first.to(tl.int64) * q_t, q_t, T - first, E, BLOCK_M, WIDTH)
+    K += b * k_b + h // GROUP * k_h
+    V += b * v_b + h // GROUP * v_h
     if MASK is not None:
-        # 64 bits, since the mask of a long text passes 2^31 numbers
-        at = rows * m_t + keys.to(tl.int64) * m_k
-        mask = tl.load(MASK + at, mask=inside & (first + rows < T), other=0)
-        if MASK.dtype.element_ty == tl.uint8:
-            inside = inside & (mask != 0)
-        else:
-            s += mask.to(tl.float32)
-    if CAUSAL:
-        inside = inside & (keys <= first + rows)
-    return tl.where(inside, s, float("-inf"))
+        MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    leader = tl.zeros((BLOCK_M,), tl.int32)
+    sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
+    for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
+        k = load_rows(K, k_t, TK - start, E, BLOCK_N, WIDTH)
+        v = load_rows(V, v_t, TK - start, EV, BLOCK_N, WIDTH_V)
+        s = hidden(capped(score(q, k, scale), cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
+        best = tl.max(s, 1)
+        keys = start + tl.arange(0, BLOCK_N)[None, :]
+        leader = tl.where(best > m, tl.max(tl.where(s == best[:, None], keys, 0), 1), leader)
+        m, total, sums = softmax_step(s, v, v, m, total, sums, False)
+        K += k_t * BLOCK_N
+        V += v_t * BLOCK_N
+    y = sums * inverse(total)[:, None]
+    write(Y, y, head, first, T, EV)
+    if OUT.dtype != Y.dtype:
+        write(OUT, y, head, first, T, EV)
+    store_numbers(TOP, m, head, first, T)
+    store_numbers(TOTAL, total, head, first, T)
+    store_numbers(LEADER, leader, head, first, T)
 
 
 @triton.jit
-def _score(q, k, scale):
-    return product(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32)) * scale
-
-
-@triton.jit
-def _capped(raw, cap):
-    return raw if cap is None else softcap(cap, raw)
-
-
-@triton.jit
-def _score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr):
-    """dq k0 + q1 dk, behind the soft cap."""
-    ds = tl.zeros_like(raw)
-    if Q_MOVES:
-        ds = product(dq, tl.trans(k0), ds)
-    if K_MOVES:
-        ds = product(q1, tl.trans(dk), ds)
-    ds *= scale
-    return ds if cap is None else softcap_change(cap, raw, ds)
-
-
-@triton.jit
-def _inverse(total):
-    """0 for the sum of a row that sees nothing; any other has a leader, which brings 1 to it, or is NaN."""
-    return tl.where(total < 1e-37, 0.0, 1.0 / total)
-
-
-@triton.jit
-def _softmax_step(s, v0, dv, m, total, sums, V_MOVES: tl.constexpr):
-    """A tile's share in an online softmax with the values v0 (+ dv); largest score, sum and weighted values follow."""
-    old = tl.maximum(m, LOWEST)
-    m = tl.maximum(m, tl.max(s, 1))
-    top = tl.maximum(m, LOWEST)
-    shrink = tl.exp(old - top)
-    p = rounded(tl.exp(s - top[:, None]), v0.dtype)
-    sums = product(p, v0, sums * shrink[:, None])
-    if V_MOVES:
-        sums = product(p, dv, sums)
-    return m, total * shrink + tl.sum(p.to(tl.float32), 1), sums
-
-
-@triton.jit
-def _place(pid, blocks, QUERIES, HEADS, BLOCK_M: tl.constexpr):
-    """(first row, query, batch and head counted together, batch, head) of a program; all but the first in 64 bits.
-
-    A head's last rows come first: under `causal` theirs are the longest walks.
-    """
-    head = (pid // blocks // QUERIES).to(tl.int64)
-    first = (blocks - 1 - pid % blocks) * BLOCK_M
-    return first, (pid // blocks % QUERIES).to(tl.int64), head, head // HEADS, head % HEADS
-
-
-@triton.jit
-def _queries(Q, stride, first, n, q_n, T, E, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, MOVES: tl.constexpr):
-    """A block of queries, and its change (itself where queries stand still)."""
-    Q += first.to(tl.int64) * stride
-    q0 = _rows(Q, stride, T - first, E, BLOCK_M, WIDTH)
-    return q0, _rows(Q + (1 + n) * q_n, stride, T - first, E, BLOCK_M, WIDTH) if MOVES else q0
-
-
-@triton.jit
-def _moved(q0, dq, MOVES: tl.constexpr):
-    return rounded(q0.to(tl.float32) + dq.to(tl.float32), q0.dtype) if MOVES else q0
-
-
-@triton.jit
-def _attention_delta_kernel(
-    Q, K, V, MASK, OUT, LARGE,
+def _change_kernel(
+    Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
     QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
     CAUSAL: tl.constexpr, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, V_MOVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
-    """The walk: all of the output, and in LARGE which rows need the other kernel."""
     SCORES_MOVE: tl.constexpr = Q_MOVES or K_MOVES
-    TYPE: tl.constexpr = V.dtype.element_ty
-    first, n, head, b, h = _place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
-    q0, dq = _queries(Q + b * q_b + h * q_h, q_t, first, n, q_n, T, E, BLOCK_M, WIDTH, Q_MOVES)
-    q1 = _moved(q0, dq, Q_MOVES and K_MOVES)
+    first, n, head, b, h = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
+    Q += b * q_b + h * q_h + first.to(tl.int64) * q_t
     K += b * k_b + h // GROUP * k_h
     V += b * v_b + h // GROUP * v_h
     DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
     if MASK is not None:
         MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    d0 = tl.zeros((BLOCK_M,), tl.float32)
-    d, d1, bias, shift, large = d0, d0, d0, d0, d0
-    N0 = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
-    N = N0
-    for start in range(0, min(TK, first + BLOCK_M) if CAUSAL else TK, BLOCK_N):
+    q0 = load_rows(Q, q_t, T - first, E, BLOCK_M, WIDTH)
+    dq = load_rows(Q + (1 + n) * q_n, q_t, T - first, E, BLOCK_M, WIDTH) if Q_MOVES else q0
+    q1 = moved(q0, dq, Q_MOVES and K_MOVES)
+    top = tl.maximum(load_numbers(TOP, head, first, T, BLOCK_M), LOWEST)
+    d0 = load_numbers(TOTAL, head, first, T, BLOCK_M)
+    d, d1, bias, seen = tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0)
+    if SCORES_MOVE:
+        leader = load_numbers(LEADER, head, first, T, BLOCK_M)
+        shift = leader_change(q0, dq, q1, K, DK, k_t, leader, E, scale, cap, Q_MOVES, K_MOVES)
+    N = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
+    for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
         count = TK - start
-        k0 = _rows(K, k_t, count, E, BLOCK_N, WIDTH)
-        v0 = _rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
-        raw = _score(q0, k0, scale)
-        s = _hidden(_capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
-        best, old = tl.max(s, 1), tl.maximum(m, LOWEST)
-        turned = best > m
-        m = tl.maximum(m, best)
-        top = tl.maximum(m, LOWEST)
-        shrink = tl.exp(old - top)
-        p = tl.exp(s - top[:, None])
-        short = rounded(p, TYPE)
-        fresh = tl.sum(short.to(tl.float32), 1)
+        k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
+        raw = score(q0, k0, scale)
+        s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL) - top[:, None]
+        p = tl.exp(s)
+        after = p
         if SCORES_MOVE:
-            dk = _rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
-            ds = _score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
-            # Among keys that lead alike it is the one that gains most.
-            lead = tl.max(tl.where(s == m[:, None], ds, float("-inf")), 1)
-            back = tl.where(turned, shift - lead, 0.0)
-            shift = tl.where(turned, lead, shift)
-            g = ds - shift[:, None]
-            visible = tl.minimum(g, s - top[:, None] + g + (LARGEST_GAIN - OUT_OF_SIGHT))
-            far = (tl.max(visible, 1) > LARGEST_GAIN) | ((back > LARGEST_GAIN) & (d0 > 0))
-            large = tl.where(far, 1.0, large)
+            v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
+            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+            g = score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES) - shift[:, None]
+            visible = tl.max(tl.minimum(g, s + g + (LARGEST_GAIN - OUT_OF_SIGHT)), 1)
             gain = p * expm1(tl.where(g > CAPPED_GAIN, CAPPED_GAIN, g))
-            back = tl.where(back > CAPPED_GAIN, CAPPED_GAIN, back)
-            keep = shrink * tl.exp(back)
-            moved = keep * bias + shrink * expm1(back)  # (e^-c b + expm1(-c)) e^(m before - m)
-            mean = (keep * d + moved * d0 + tl.sum(gain, 1)) * _inverse(shrink * d0 + fresh)
-            bias = tl.where(turned, mean, bias)
-            mix = moved - shrink * bias
-            w = rounded(gain - bias[:, None] * p, TYPE)
-            d = keep * d + mix * d0 + tl.sum(w.to(tl.float32), 1)
-            d1 = keep * d1 + tl.sum(p + gain, 1)
-            N = product(w, v0, N * keep[:, None] + N0 * mix[:, None])
-            after = rounded(p + gain, TYPE)
-        else:
-            N *= shrink[:, None]
-            after = short
+            after = p + gain
+            bias = tl.where(seen > 0, bias, _first_mean(tl.sum(gain, 1), tl.sum(p, 1), d0))
+            seen += tl.sum(p, 1)
+            w = rounded(gain - bias[:, None] * p, V.dtype.element_ty)
+            d += tl.sum(w.to(tl.float32), 1)
+            d1 = tl.where(visible > LARGEST_GAIN, float("-inf"), d1 + tl.sum(after, 1))
+            N = product(w, v0, N)
         if V_MOVES:
-            N = product(after, _rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V), N)
-        d0 = d0 * shrink + fresh
-        N0 = product(short, v0, N0 * shrink[:, None])
+            dv = load_rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V)
+            N = product(rounded(after, V.dtype.element_ty), dv, N)
         K += k_t * BLOCK_N
         DK += k_t * BLOCK_N
         V += v_t * BLOCK_N
         DV += v_t * BLOCK_N
-
-    y = N0 * _inverse(d0)[:, None]
-    if n == 0:
-        _write(OUT, y, head, first, T, EV)
+    OUT += (1 + n) * o_n
     if SCORES_MOVE:
-        _write(OUT + (1 + n) * o_n, (N - y * d[:, None]) * _inverse(d1)[:, None], head, first, T, EV)
-        large = tl.where(d1 < LEAST_LEFT * d0, 1.0, large)
-        rows = tl.arange(0, BLOCK_M)
-        tl.store(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + rows, large)
-    elif V_MOVES:
-        _write(OUT + (1 + n) * o_n, N * _inverse(d0)[:, None], head, first, T, EV)
+        y = load_block(Y, head, first, T, EV, BLOCK_M, WIDTH_V)
+        write(OUT, (N - y * d[:, None]) * inverse(d1)[:, None], head, first, T, EV)
+        large = tl.where(d1 < LEAST_LEFT * d0, 1.0, 0.0)
+        tl.store(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), large)
+    else:
+        write(OUT, N * inverse(d0)[:, None], head, first, T, EV)
 
 
 @triton.jit
-def _write(OUT, y, head, first, T, EV, wanted=None):
-    """A block of rows, or those of it that are wanted, into a contiguous (B H, T, E')."""
-    rows, at = tl.arange(0, y.shape[0])[:, None], tl.arange(0, y.shape[1])[None, :]
-    OUT += (head * T + first) * EV
-    inside = (rows < T - first) & (at < EV)
-    if wanted is not None:
-        inside = inside & wanted[:, None]
-    tl.store(OUT + rows * EV + at, rounded(y, OUT.dtype.element_ty), mask=inside)
+def _first_mean(gained, p, total):
+    """b from a row's first tile: its mean of expm1(g), or 0 where the tile holds next to nothing of the row's weight.
 
-
-@triton.jit
-def _softmax_step(s, v0, dv, m, total, sums, V_MOVES: tl.constexpr):
-    """A tile's share in an online softmax with the values v0 (+ dv); largest score, sum and weighted values follow."""
-    old = tl.maximum(m, LOWEST)
-    m = tl.maximum(m, tl.max(s, 1))
-    top = tl.maximum(m, LOWEST)
-    shrink = tl.exp(old - top)
-    p = rounded(tl.exp(s - top[:, None]), v0.dtype)
-    sums = product(p, v0, sums * shrink[:, None])
-    if V_MOVES:
-        sums = product(p, dv, sums)
-    return m, total * shrink + tl.sum(p.to(tl.float32), 1), sums
+    In the measure in which the leading key, with its gain of 0, has the row for itself, b goes to 0 too.
+    """
+    return tl.where(p > LEAST_SHARE * total, gained / p * (1.0 - 1.0 / total), 0.0)
 
 
 @triton.jit
 def _large_change_kernel(
-    Q, K, V, MASK, OUT, LARGE,
+    Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
     QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
     CAUSAL: tl.constexpr, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, V_MOVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
-    """For the rows that LARGE marks: the output after the change less that before, each by a softmax of its own."""
+    """For the rows that LARGE marks: the output after the change less that before."""
     large = tl.load(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
     if tl.max(large, 0) > 0:
-        first, n, head, b, h = _place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
-        q0, dq = _queries(Q + b * q_b + h * q_h, q_t, first, n, q_n, T, E, BLOCK_M, WIDTH, Q_MOVES)
-        q1 = _moved(q0, dq, Q_MOVES and K_MOVES)
+        first, n, head, b, h = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
+        Q += b * q_b + h * q_h + first.to(tl.int64) * q_t
         K += b * k_b + h // GROUP * k_h
         V += b * v_b + h // GROUP * v_h
         DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
         if MASK is not None:
             MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
-        m0 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total0 = tl.zeros((BLOCK_M,), tl.float32)
-        sums0 = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
-        m1, total1, sums1 = m0, total0, sums0
-        for start in range(0, min(TK, first + BLOCK_M) if CAUSAL else TK, BLOCK_N):
+        q0 = load_rows(Q, q_t, T - first, E, BLOCK_M, WIDTH)
+        dq = load_rows(Q + (1 + n) * q_n, q_t, T - first, E, BLOCK_M, WIDTH) if Q_MOVES else q0
+        q1 = moved(q0, dq, Q_MOVES and K_MOVES)
+        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
+        for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
             count = TK - start
-            k0 = _rows(K, k_t, count, E, BLOCK_N, WIDTH)
-            dk = _rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
-            v0 = _rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
-            dv = _rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V) if V_MOVES else v0
-            raw = _score(q0, k0, scale)
-            s = _hidden(_capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
-            m0, total0, sums0 = _softmax_step(s, v0, dv, m0, total0, sums0, False)
-            s += _score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
-            m1, total1, sums1 = _softmax_step(s, v0, dv, m1, total1, sums1, V_MOVES)
+            k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
+            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+            v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
+            dv = load_rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V) if V_MOVES else v0
+            raw = score(q0, k0, scale)
+            s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
+            s += score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
+            m, total, sums = softmax_step(s, v0, dv, m, total, sums, V_MOVES)
             K += k_t * BLOCK_N
             DK += k_t * BLOCK_N
             V += v_t * BLOCK_N
             DV += v_t * BLOCK_N
-        change = sums1 * _inverse(total1)[:, None] - sums0 * _inverse(total0)[:, None]
-        _write(OUT + (1 + n) * o_n, change, head, first, T, EV, large > 0)
+        y = load_block(Y, head, first, T, EV, BLOCK_M, WIDTH_V)
+        write(OUT + (1 + n) * o_n, sums * inverse(total)[:, None] - y, head, first, T, EV, large > 0)
 
 
 def attention_delta(
@@ -306,27 +259,37 @@ def attention_delta(
         out: q's dtype.
         mask: (B, H, T, T') of any strides, bool or floating, or None.
     """
-    (_, B, H, T, E), TK, EV, queries = q.shape, k.shape[3], v.shape[4], max(len(out) - 1, 1)
-    tile = _tile(q, E, EV)
+    (_, B, H, T, E), TK, EV = q.shape, k.shape[3], v.shape[4]
+    tile = settings_for(TILES, architecture(q.device)).of(q.dtype, width(max(E, EV)))
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    blocks = triton.cdiv(T, tile.BLOCK_M) * queries * B * H
+    blocks, Q = triton.cdiv(T, tile.BLOCK_M) * B * H, len(out) - 1
+    y = out[0] if out.dtype == torch.float32 else torch.empty(out.shape[1:], dtype=torch.float32, device=q.device)
+    top, total = (torch.empty(B * H * T, dtype=torch.float32, device=q.device) for _ in range(2))
+    leader = torch.empty(B * H * T, dtype=torch.int32, device=q.device)
+    places = mask.stride() if mask is not None else (0, 0, 0, 0)
+    numbers = (H, H // k.shape[2], T, TK, E, EV, scale, cap)
+    shape = {
+        "CAUSAL": causal,
+        "BLOCK_M": tile.BLOCK_M,
+        "BLOCK_N": tile.BLOCK_N,
+        "WIDTH": width(E),
+        "WIDTH_V": width(EV),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **OPTIONS,
+    }
+    strides = (*q.stride()[1:4], *k.stride()[1:4], *v.stride()[1:4], *places)
+    _value_kernel[(blocks,)](q, k, v, mask, out, y, top, total, leader, *strides, *numbers, **shape)
+    if not Q:
+        return
     moves = {"Q_MOVES": len(q) > 1, "K_MOVES": len(k) > 1, "V_MOVES": len(v) > 1}
-    # Looked into on the device alone: the second kernel is always launched, and mostly returns at once.
-    large = torch.empty(blocks * tile.BLOCK_M, dtype=torch.float32, device=q.device)
-    for kernel in (_attention_delta_kernel, _large_change_kernel)[: 1 + (len(q) > 1 or len(k) > 1)]:
-        kernel[(blocks,)](
-            *(q, k, v, mask, out, large, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4]),
-            *(mask.stride() if mask is not None else (0, 0, 0, 0)),
-            *(out.stride(0), queries, H, H // k.shape[2], T, TK, E, EV, scale, cap),
-            **moves,
-            CAUSAL=causal,
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_N=tile.BLOCK_N,
-            WIDTH=width(E),
-            WIDTH_V=width(EV),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+    strides = (*q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *places, out.stride(0))
+    large = torch.empty(Q * blocks * tile.BLOCK_M, dtype=torch.float32, device=q.device)
+    # The third kernel looks on the device whether it is needed, and mostly returns at once.
+    for kernel in (_change_kernel, _large_change_kernel)[: 1 + (moves["Q_MOVES"] or moves["K_MOVES"])]:
+        kernel[(Q * blocks,)](
+            *(q, k, v, mask, out, y, top, total, leader, large, *strides, Q, *numbers), **moves, **shape
         )
 
 
@@ -335,5 +298,40 @@ def width(E: int) -> int:
     return max(16, triton.next_power_of_2(E))
 
 
-def _tile(q: Tensor, E: int, EV: int) -> Tile:
-    return Tile(64, 64, 4, 2)
+def specimens(architecture: int) -> list[Specimen]:
+    """Each tile with all that moves, masked, causal and capped; the value's kernel and that of large changes too."""
+    tiles, found = settings_for(TILES, architecture), []
+    for kind, width, tile in (
+        ("bf16", 64, tiles.narrow),
+        ("bf16", 128, tiles.middle),
+        ("bf16", 256, tiles.wide),
+        ("fp32", 64, tiles.long),
+        ("fp32", 128, tiles.long),
+    ):
+        for kernel in (_value_kernel, _change_kernel, _large_change_kernel):
+            for plain in (True, False):
+                found.append(_specimen(kernel, kind, width, tile, plain, architecture))
+    return found
+
+
+def _specimen(kernel, kind: str, width: int, tile: Tile, plain: bool, architecture: int) -> Specimen:
+    strides = [name for name in kernel.arg_names if name.islower() and "_" in name]
+    sizes = [*strides, "QUERIES", "HEADS", "GROUP", "T", "TK", "E", "EV"]
+    signature = dict.fromkeys("QKV", f"*{kind}") | dict.fromkeys(sizes, "i32") | {"OUT": f"*{kind}", "scale": "fp32"}
+    signature |= dict.fromkeys(["Y", "TOP", "TOTAL", "LARGE"], "*fp32") | {"LEADER": "*i32"}
+    constexprs = dict.fromkeys(["CAUSAL", "Q_MOVES", "K_MOVES", "V_MOVES"], True)
+    constexprs |= {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WIDTH": width, "WIDTH_V": width}
+    if plain:
+        constexprs |= {"MASK": None, "cap": None}
+    else:
+        signature |= {"MASK": "*fp32", "cap": "fp32"}
+    return Specimen(
+        f"{kernel.fn.__name__.strip('_')} {kind} {width} {'plain' if plain else 'masked and capped'}",
+        kernel,
+        {name: kind for name, kind in signature.items() if name in kernel.arg_names},
+        {name: value for name, value in constexprs.items() if name in kernel.arg_names},
+        tile.num_warps,
+        tile.num_stages,
+        unaligned=("QUERIES", "HEADS", "GROUP"),
+        instructions=(("HGMMA",) if architecture == 90 else ("HMMA",)) if kind == "bf16" else (),
+    )

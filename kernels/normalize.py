@@ -17,15 +17,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, settings_for
 from finf_fast.kernels.numerics import rounded
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a program, and its warps."""
+class Settings:
+    """How rows are shared out."""
 
-    ROWS: int
-    num_warps: int
+    longest: int  # row that a program holds in its registers
+    chunk: int  # in which a longer one is walked
+    least: int  # numbers of a program: shorter rows go several together
+    each: int  # numbers of a thread
+    most_warps: int
+
+
+# 16 numbers of a thread are two loads of 16 bytes in bfloat16, four in float32, all under way at once; with what is
+# made of them they take about 100 registers. The longest row then fills half of a multiprocessor's registers, so that
+# one program loads while another adds up. The interpreter's rows are short, so that tests see both ways.
+_GPU = Settings(longest=8192, chunk=4096, least=2048, each=16, most_warps=16)
+SETTINGS = {
+    INTERPRETER: Settings(longest=1024, chunk=512, least=16384, each=1024, most_warps=1),
+    80: _GPU,
+    89: _GPU,
+    90: _GPU,
+    100: _GPU,
+}
 
 
 @triton.jit
@@ -126,7 +143,9 @@ def _norm_rows_kernel(
 
 
 @triton.jit
-def _long_mean(X, OTHER, D, X_THERE: tl.constexpr, OTHER_THERE: tl.constexpr, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
+def _long_mean(
+    X, OTHER, D, X_THERE: tl.constexpr, OTHER_THERE: tl.constexpr, CENTRED: tl.constexpr, WIDTH: tl.constexpr
+):
     """The mean that is to be taken off a long row: 0 where it is not centred; twice, as above."""
     mean = tl.zeros((1, 1), tl.float32)
     if CENTRED:
@@ -238,11 +257,10 @@ def normalize(
     """
     _, N, D = x.shape
     weight, bias, dweight, dbias = params
-    long = D > LONGEST
-    width = CHUNK if long else triton.next_power_of_2(D)
-    shape = Rows(1, 8) if long else _rows(width)
-    kernel = _norm_long_kernel if long else _norm_rows_kernel
-    kernel[(triton.cdiv(N, shape.ROWS),)](
+    found = settings_for(SETTINGS, architecture(x.device))
+    width, rows, warps = _shape(found, D)
+    kernel = _norm_long_kernel if found.longest < D else _norm_rows_kernel
+    kernel[(triton.cdiv(N, rows),)](
         *(x, other, weight, bias, dweight, dbias, y, total),
         *(x.stride(0), x.stride(1), *((0, 0) if other is None else (other.stride(0), other.stride(1)))),
         *(y.stride(0), groups * (D // run), N, D, len(y) - 1, groups, run, eps),
@@ -250,16 +268,47 @@ def normalize(
         GROUPED=groups > 1 or run > 1,
         X_MOVES=len(x) > 1,
         OTHER_MOVES=other is not None and len(other) > 1,
-        ROWS=shape.ROWS,
+        ROWS=rows,
         WIDTH=width,
-        num_warps=shape.num_warps,
+        num_warps=warps,
+        **OPTIONS,
     )
 
 
-# The longest row that a program holds in its registers, and the chunk in which a longer one is walked.
-LONGEST = 8192
-CHUNK = 4096
+def _shape(found: Settings, D: int) -> tuple[int, int, int]:
+    """Width, rows and warps of a program for rows of D numbers."""
+    width = found.chunk if found.longest < D else triton.next_power_of_2(D)
+    rows = 1 if found.longest < D else max(1, found.least // width)
+    return width, rows, max(1, min(found.most_warps, width * rows // (32 * found.each)))
 
 
-def _rows(width: int) -> Rows:
-    return Rows(max(1, 2048 // width), 4)
+def specimens(architecture: int) -> list[Specimen]:
+    """Rows within registers and beyond, with all that a norm may have; and group norm's parameters."""
+    found = settings_for(SETTINGS, architecture)
+    widths = {"short": 64, "middle": 768, "longest": found.longest, "long": found.longest + 1}
+    return [
+        _specimen(f"{kind} {name} {'grouped' if groups else 'residual'}", kind, found, D, groups)
+        for kind in ("bf16", "fp32")
+        for name, D in widths.items()
+        for groups in (False, True)
+    ]
+
+
+def _specimen(name: str, kind: str, found: Settings, D: int, groups: bool) -> Specimen:
+    width, rows, warps = _shape(found, D)
+    stacks = dict.fromkeys(["X", "Y"] if groups else ["X", "Y", "OTHER", "SUM"], f"*{kind}")
+    params = dict.fromkeys(["WEIGHT", "BIAS", "DWEIGHT", "DBIAS"], "*fp32")
+    sizes = ["x_q", "x_n", "other_q", "other_n", "y_q", "param_q", "N", "D", "CHANGES", "GROUPS", "RUN"]
+    return Specimen(
+        name,
+        _norm_long_kernel if found.longest < D else _norm_rows_kernel,
+        {**stacks, **params, **dict.fromkeys(sizes, "i32"), "eps": "fp32"},
+        {
+            **({"OTHER": None, "SUM": None} if groups else {}),
+            **{"CENTRED": True, "GROUPED": groups, "X_MOVES": True, "OTHER_MOVES": not groups},
+            **{"ROWS": rows, "WIDTH": width},
+        },
+        num_warps=warps,
+        num_stages=1,
+        unaligned=("N", "CHANGES", "GROUPS", "RUN"),
+    )

@@ -109,13 +109,13 @@ def softcap_change(c, z, d):
 
 
 @triton.jit
-def rounded(x, TYPE: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):
     """float32 in another type, to the nearest, also in the interpreter."""
-    if INTERPRETED and TYPE == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, near, x)
-    return x.to(TYPE)
+    return x.to(dtype)
 
 
 @triton.jit

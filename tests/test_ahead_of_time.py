@@ -50,6 +50,7 @@ def test_the_harness_sees_spills_stack_and_tensor_cores():
     """A kernel that must spill is caught, and one that cannot is not."""
     triton = pytest.importorskip("triton")
     import triton.language as tl
+
     from finf_fast.kernels.configurations import Specimen
 
     @triton.jit

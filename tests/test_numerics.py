@@ -63,7 +63,9 @@ def close(got, wanted, bound=4e-7):
 
 def test_expm1(numerics):
     x = signed((-30, 1.2))
-    close(apply(numerics.expm1, x), np.expm1(x), bound=2e-6)  # at ±0.25 the exponential's own rounding, times four
+    close(apply(numerics.expm1, x), np.expm1(x))
+    assert apply(numerics.expm1, [-np.inf, np.nan, 0.0]).tolist()[::2] == [-1, 0]
+    assert np.isnan(apply(numerics.expm1, [np.nan])).all()
 
 
 def test_log1p(numerics):
@@ -97,3 +99,39 @@ def test_small_and_large_change(numerics):
 def test_which_changes_are_small(numerics):
     u, s, step = [0.1, -0.4, -0.6, 0.1, np.nan], [1.0] * 5, [1.0, 1.0, 1.0, 50.0, 1.0]
     assert apply(numerics.is_small_change, u, s, step).tolist() == [1, 1, 0, 0, 0]
+
+
+def test_half_tanh(numerics):
+    y = signed((-30, 1.5))
+    close(apply(numerics.half_tanh, y), np.tanh(y / 2))
+
+
+@pytest.mark.parametrize("c", [0.5, 30.0])
+def test_softcap(numerics, c):
+    z = signed((-12, 2))
+    close(apply(numerics.softcap, np.full_like(z, c), z), c * np.tanh(z / c))
+
+
+@pytest.mark.parametrize("size", [-6, -1, 1])
+def test_softcap_change(numerics, size):
+    z = signed((-3, 1))
+    d = np.float32(np.cos(np.arange(len(z))) * 10.0**size).astype(np.float64)
+    wanted = np.sinh(d / 4) / np.cosh(z / 4) / np.cosh((z + d) / 4) * 4
+    close(apply(numerics.softcap_change, np.full_like(z, 4.0), z, d), wanted, bound=4e-6)  # an exponent of 10
+
+
+def test_rounding_to_the_nearest(numerics):
+    """The interpreter itself cuts off; numbers half way, those that round into the next power, zeros and NaN."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(X, Y, ROUNDED: tl.constexpr, n: tl.constexpr):
+        tl.store(Y + tl.arange(0, n), ROUNDED(tl.load(X + tl.arange(0, n)), tl.bfloat16))
+
+    few = torch.tensor([0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 2 - 2**-9, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([few, torch.randn(1016, generator=torch.Generator().manual_seed(0))])
+    y = torch.empty(1024, dtype=torch.bfloat16)
+    kernel[(1,)](x, y, ROUNDED=numerics.rounded, n=1024)
+    assert torch.equal(y.view(torch.int16)[:7], x.bfloat16().view(torch.int16)[:7]) and y[7].isnan()
+    assert torch.equal(y[8:], x[8:].bfloat16())

@@ -116,7 +116,18 @@ def _run_reference(stack, W, bias, dW, U, V, db):
     return reference.linear_delta(stack, W, bias, dW=dW, dW_factors=factors, db=db)
 
 
-_FACES = {"reference": _run_reference}
+def _run_triton(stack, W, bias, dW, U, V, db):
+    from finf_fast.kernels import linear_delta as kernel
+
+    y = _allocate(stack, W, bias, dW, U, V, db)
+    if not y.numel():
+        return y
+    factors = None if U is None or not U.numel() else (U, V)
+    kernel.linear_delta(stack, W, None if bias is None else bias.contiguous(), dW, factors, db, y)
+    return y
+
+
+_FACES = {"triton": _run_triton, "reference": _run_reference}
 
 
 @register(
