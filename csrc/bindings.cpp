@@ -17,6 +17,7 @@
 #include "cpu/fma_peak.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/linear_cross_entropy_delta.h"
+#include "cpu/linear_delta.h"
 #include "cpu/segment_sum.h"
 #include "cpu/squared_error_delta.h"
 #include "cpu/topk_merge.h"
@@ -91,6 +92,31 @@ void segment_sum(uintptr_t values, int values_dtype, int64_t values_stride_q, ui
                  int64_t out_stride_q, int64_t Q, int64_t N, int64_t S, int64_t threads) {
     finf::segment_sum({memory<void>(values), finf::require_float_or_double("values_dtype", values_dtype),
                        values_stride_q, memory<int64_t>(offsets), memory<void>(out), out_stride_q, Q, N, S, threads});
+}
+
+void linear_delta(int dtype, uintptr_t x, int64_t x_stride_q, int64_t x_stride_n, bool x_moves, uintptr_t W,
+                  int64_t W_stride, bool W_turned, uintptr_t bias, uintptr_t db, uintptr_t dW, uintptr_t U, uintptr_t R,
+                  uintptr_t y, int64_t N, int64_t D, int64_t V, int64_t Q, int64_t r, int64_t threads) {
+    finf::linear_delta({finf::require_float_or_bf16("dtype", dtype),
+                        memory<void>(x),
+                        x_stride_q,
+                        x_stride_n,
+                        x_moves,
+                        memory<void>(W),
+                        W_stride,
+                        W_turned,
+                        memory<float>(bias),
+                        memory<float>(db),
+                        memory<void>(dW),
+                        memory<void>(U),
+                        memory<void>(R),
+                        memory<void>(y),
+                        N,
+                        D,
+                        V,
+                        Q,
+                        r,
+                        threads});
 }
 
 void squared_error_delta(uintptr_t p, int p_dtype, int64_t p_stride_n, uintptr_t dp, int dp_dtype, int64_t dp_stride_q,
@@ -258,6 +284,11 @@ PYBIND11_MODULE(_C, module) {
         "q (1+Q,B,H,T,E), k (1+Q,B,Hk,Tk,E), v (1+Q,B,Hk,Tk,Ev), or leading size 1 where it does not move; mask "
         "(B,H,T,Tk) of bytes or float32, 0 for none -> y (1+Q,B,H,T,Ev). Strides of all dimensions but a stack's "
         "last. softcap: 0 for none. dtype: 0 float32, 1 bfloat16.");
+    module.def("linear_delta", linear_delta, unlocked, "dtype"_a, "x"_a, "x_stride_q"_a, "x_stride_n"_a, "x_moves"_a,
+               "W"_a, "W_stride"_a, "W_turned"_a, "bias"_a, "db"_a, "dW"_a, "U"_a, "R"_a, "y"_a, "N"_a, "D"_a, "V"_a,
+               "Q"_a, "r"_a, "threads"_a,
+               "x (1+Q,N,D) or (1,N,D), W (V,D) or turned (D,V), dW (Q,V,D), U (Q,V,r), R (Q,r,D) -> y (1+Q,N,V). "
+               "bias (V), db (Q,V): float32. dtype: 0 float32, 1 bfloat16.");
     module.def("linear_cross_entropy_delta", linear_cross_entropy_delta, unlocked, "dtype"_a, "x"_a, "x_stride"_a,
                "dx"_a, "dx_stride_q"_a, "dx_stride_n"_a, "W"_a, "W_stride"_a, "target"_a, "bias"_a, "db"_a,
                "db_stride_q"_a, "dW"_a, "dW_dtype"_a, "dW_stride_q"_a, "dW_stride_v"_a, "U"_a, "U_dtype"_a,

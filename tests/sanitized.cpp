@@ -15,6 +15,7 @@
 #include "../csrc/cpu/isa/kernels.h"
 #include "../csrc/cpu/linear_cross_entropy_delta.h"
 #include "../csrc/cpu/layer_norm_delta.h"
+#include "../csrc/cpu/linear_delta.h"
 #include "../csrc/cpu/noise.h"
 #include "../csrc/cpu/rms_norm_delta.h"
 #include "../csrc/cpu/segment_sum.h"
@@ -102,6 +103,32 @@ void every_head() {
                             heads<float>(N, D, V, Q, step, capped, finf::DType::f32, draw);
                             heads<finf::Bf16>(N, D, V, Q, step, capped, finf::DType::bf16, draw);
                         }
+}
+
+// A layer with both forms of a changed weight, or with an input that stands still.
+template <class T>
+void layers(int64_t N, int64_t D, int64_t V, int64_t Q, bool turned, finf::DType dtype, std::mt19937& draw) {
+    const int64_t r = 3;
+    const std::vector<T> x = normal<T>((turned ? 1 : 1 + Q) * N * D, 1, draw), W = normal<T>(V * D, 1, draw);
+    const std::vector<T> dW = normal<T>(Q * V * D, 1, draw), U = normal<T>(Q * V * r, 1, draw);
+    const std::vector<T> R = normal<T>(Q * r * D, 1, draw);
+    const std::vector<float> bias = normal<float>(V, 1, draw), db = normal<float>(Q * V, 1, draw);
+    std::vector<T> y((1 + Q) * N * V);
+    finf::linear_delta({dtype,  x.data(),    N * D,     D,         !turned,  W.data(), turned ? V : D,
+                        turned, bias.data(), db.data(), dW.data(), U.data(), R.data(), y.data(),
+                        N,      D,           V,         Q,         r,        THREADS});
+}
+
+void every_layer() {
+    std::mt19937 draw(5);
+    for (int64_t D : {1, 16, 33})
+        for (int64_t V : {1, 13, 48, 97, 400})
+            for (int64_t N : {1, 23, 600})
+                for (int64_t Q : {0, 2})
+                    for (bool turned : {false, true}) {
+                        layers<float>(N, D, V, Q, turned, finf::DType::f32, draw);
+                        layers<finf::Bf16>(N, D, V, Q, turned, finf::DType::bf16, draw);
+                    }
 }
 
 // Norms with every parameter and with none, with and without a residual; N rows of D numbers, `run` to a parameter.
@@ -217,6 +244,7 @@ void attend_everywhere(std::mt19937& draw) {
 
 void everything() {
     every_head();
+    every_layer();
     std::mt19937 draw(0);
     attend_everywhere(draw);
     row_operations<float>(finf::DType::f32, draw);

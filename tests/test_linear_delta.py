@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -152,6 +153,49 @@ def test_layouts(dtype, form):
     check(other)
     wide = torch.cat([layer.stack, layer.stack], 2)[..., 24:]
     check(replace(layer, stack=wide))
+
+
+# The compiled loops: tiles of 8 or 4 rows, strips of three vectors of 4, 8 or 16, two numbers of bfloat16 a unit; one
+# under, exactly, one over, several; blocks of 512 positions.
+EDGES = [(N, 6, E) for N in (1, 3, 4, 7, 8, 9, 17) for E in (5, 11, 12, 13, 24, 33, 47, 48, 49, 97)]
+EDGES += [(3, D, 20) for D in (1, 2, 7, 8, 15, 16, 17, 33)] + [(n, 4, 3) for n in (511, 512, 513, 1030)]
+
+
+@pytest.mark.parametrize("N, D, E", EDGES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_edges_of_tiles_and_blocks(dtype, N, D, E, turned):
+    for form in ("low rank and bias", "dense and bias"):
+        layer = make_layer(form, N=N, D=D, E=E, Q=2, r=3, dtype=dtype)
+        check(replace(layer, W=layer.W.T.contiguous().T) if turned else layer)
+
+
+def test_panels_narrower_than_the_layer(dtype):
+    """More columns, and more numbers a row, than a panel in the cache takes."""
+    check(make_layer("low rank and bias", N=5, D=5000, E=60, Q=1, r=2, dtype=dtype))
+    check(make_layer("low rank and bias", N=5, D=20, E=900, Q=1, r=70, dtype=dtype))
+
+
+def test_a_nan_stays_in_its_row(dtype):
+    layer = make_layer("low rank", N=20, dtype=dtype)
+    layer.stack[1, 7, 3] = torch.nan
+    out = layer.run()
+    assert out[1, 7].isnan().all()
+    out[1, 7] = 0
+    assert out.isfinite().all()
+
+
+def test_the_same_bits_for_any_number_of_threads(dtype):
+    if os.environ["FINF_BACKEND"] != "cpp":
+        pytest.skip("torch's products share their sums out as they like")
+    layer, before = make_layer("low rank and bias", N=700, D=65, E=200, dtype=dtype), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(layer.run())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_inputs_stay_as_they_are(dtype):

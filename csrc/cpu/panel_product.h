@@ -34,8 +34,8 @@ struct Matrix {
     DType dtype = DType::f32;
     int64_t stride_q = 0, stride = 0;
 
-    const void* row(int64_t q, int64_t n) const {
-        const int64_t offset = q * stride_q + n * stride;
+    const void* row(int64_t q, int64_t n, int64_t column = 0) const {
+        const int64_t offset = q * stride_q + n * stride + column;
         if (dtype == DType::bf16) return static_cast<const Bf16*>(first) + offset;
         return static_cast<const float*>(first) + offset;
     }
@@ -63,6 +63,7 @@ struct Product {
     const PanelLoops* loops;
     const float* centre;  // (D), taken from every row of W, or null
     bool shares_panel;    // W is packed for another product already
+    bool turned = false;  // W is (D, columns), and has no centre
 
     int64_t units() const { return ceil_div(D, loops->in_unit); }
 
@@ -75,7 +76,11 @@ struct Product {
     }
 
     void pack(int64_t q, int64_t begin, int64_t end, float* panel) const {
-        loops->pack[static_cast<int>(W.dtype)](W.row(q, begin), W.stride, end - begin, D, centre, panel);
+        if (turned) {
+            loops->pack_turned[static_cast<int>(W.dtype)](W.row(q, 0, begin), W.stride, end - begin, D, panel);
+        } else {
+            loops->pack[static_cast<int>(W.dtype)](W.row(q, begin), W.stride, end - begin, D, centre, panel);
+        }
     }
 
     // In double: an error of the target's logit would be one of all the row's weights.

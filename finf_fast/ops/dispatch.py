@@ -65,7 +65,7 @@ TABLE: dict[str, dict[str, Face]] = {
     "group_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "linear_cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
-    "linear_delta": {"triton": _GPU, "reference": _ANY},
+    "linear_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "noise": {"cpp": Face(("cpu",), (torch.int64,)), "reference": Face(None, (torch.int64,))},
     "rms_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "segment_sum": {"cpp": Face(("cpu",), (torch.float32, torch.float64)), "reference": _ANY},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import FLOATS, check_dtype, check_same_device, check_shape
+from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape, rows
 from finf_fast.ops.register import register
+from finf_fast.ops.stacks import address, parameter
 
 __all__ = ["check_changes", "factors_of", "linear_delta", "queries"]
 
@@ -116,6 +118,21 @@ def _run_reference(stack, W, bias, dW, U, V, db):
     return reference.linear_delta(stack, W, bias, dW=dW, dW_factors=factors, db=db)
 
 
+def _run_cpp(stack, W, bias, dW, U, V, db):
+    y = _allocate(stack, W, bias, dW, U, V, db)
+    (_, N, D), Q, r = stack.shape, len(y) - 1, 0 if U is None else U.shape[2]
+    stack, turned = rows(stack), W.stride(0) == 1 and W.stride(1) != 1
+    W = W.mT if turned else rows(W)
+    dW, U, R = (None if x is None else x.to(stack.dtype).contiguous() for x in (dW, U, None if V is None else V.mT))
+    bias, db = parameter(bias), parameter(db)
+    dispatch.compiled().linear_delta(
+        *(CODES[stack.dtype], stack.data_ptr(), *stack.stride()[:2], len(stack) > 1, W.data_ptr(), W.stride(0), turned),
+        *map(address, (bias, db, dW, U, R, y)),
+        *(N, D, y.shape[2], Q, r, torch.get_num_threads()),
+    )
+    return y
+
+
 def _run_triton(stack, W, bias, dW, U, V, db):
     from finf_fast.kernels import linear_delta as kernel
 
@@ -127,7 +144,7 @@ def _run_triton(stack, W, bias, dW, U, V, db):
     return y
 
 
-_FACES = {"triton": _run_triton, "reference": _run_reference}
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
 @register(

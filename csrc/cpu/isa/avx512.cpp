@@ -119,6 +119,11 @@ FINF_INLINE Vec fma_of_pairs(Vec x, Vec w, Vec c) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(c.v) : "v"(w.v), "v"(x.v));
     return c;
 }
+// Two bfloat16 a lane, of two vectors that each came of one.
+FINF_INLINE Vec pair_of(Vec first, Vec second) {
+    return _mm512_castsi512_ps(
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16), _mm512_castps_si512(second.v)));
+}
 // The nearest bfloat16; of the same extension.
 FINF_INLINE void store_nearest(Bf16* p, Vec a) {
     __m256i bits;

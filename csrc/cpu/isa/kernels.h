@@ -114,11 +114,15 @@ struct PanelLoops {
     int64_t in_unit;  // numbers in a unit, 1 or 2; the last may be padded by a zero
     // Leaves `centre` (D), which may be null, out of each row of W. Pairs take bfloat16 only, and no centre.
     void (*pack[2])(const void* W, int64_t stride, int64_t n, int64_t D, const float* centre, float* panel);
+    // The same of a W that lies the other way, (D, n).
+    void (*pack_turned[2])(const void* W, int64_t stride, int64_t n, int64_t D, float* panel);
     // Brings a row x of D numbers, or x + dx where dx is not null, into units.
     void (*stage[2])(const void* x, const void* dx, int64_t D, float* row);
-    // out (rows, columns) = rows times panel, or added to what is there.
+    // out (rows, columns, filled up to whole vectors) = rows times panel, or added to what is there.
     void (*multiply)(const float* const* rows, int64_t count, int64_t units, const float* panel, int64_t columns,
                      float* out, int64_t out_stride, bool add);
+    // n numbers of a row that was multiplied, and of `shift` where it is not null, rounded into `to`.
+    void (*finish[2])(const float* row, const float* shift, int64_t n, void* to);
 };
 
 // What the loops of linear_cross_entropy_delta are told about a row of logits, or of changes, in one panel.
