@@ -157,7 +157,10 @@ def _change_kernel(
     d, d1, bias, seen = tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0)
     if SCORES_MOVE:
         leader = load_numbers(LEADER, head, first, T, BLOCK_M)
-        shift = leader_change(q0, dq, q1, K, DK, k_t, leader, E, scale, cap, Q_MOVES, K_MOVES)
+        DQ, rows = Q + (1 + n) * q_n, T - first
+        shift = leader_change(
+            Q, DQ, K, DK, q_t, k_t, leader, rows, E, scale, cap, Q_MOVES, K_MOVES, BLOCK_M, WIDTH
+        )  # fmt: skip
     N = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
     for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
         count = TK - start

@@ -116,18 +116,31 @@ def score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES: tl.constexpr, K_MOVES
 
 
 @triton.jit
-def leader_change(q0, dq, q1, K, DK, stride, leader, E, scale, cap, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr):
-    """ds_j of each row."""
-    at = tl.arange(0, q0.shape[1])[None, :]
-    key = leader.to(tl.int64)[:, None] * stride + at
-    k0 = tl.load(K + key, mask=at < E, other=0.0).to(tl.float32)
-    ds = tl.zeros((q0.shape[0],), tl.float32)
-    if Q_MOVES:
-        ds += tl.sum(dq.to(tl.float32) * k0, 1)
-    if K_MOVES:
-        ds += tl.sum(q1.to(tl.float32) * tl.load(DK + key, mask=at < E, other=0.0).to(tl.float32), 1)
+def leader_change(
+    Q, DQ, K, DK, q_t, k_t, leader, count, E, scale, cap,
+    Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ds_j of each row, some numbers of its width at a time: a whole block in float32 would fill the registers."""
+    PIECE: tl.constexpr = min(WIDTH, 32)
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    raw, ds = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for e in range(0, E, PIECE):
+        at = e + tl.arange(0, PIECE)[None, :]
+        inside = (rows < count) & (at < E)
+        key = leader.to(tl.int64)[:, None] * k_t + at
+        q = tl.load(Q + rows * q_t + at, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(K + key, mask=inside, other=0.0).to(tl.float32)
+        raw += tl.sum(q * k, 1)
+        if Q_MOVES:
+            dq = tl.load(DQ + rows * q_t + at, mask=inside, other=0.0).to(tl.float32)
+            ds += tl.sum(dq * k, 1)
+            q = rounded(q + dq, Q.dtype.element_ty).to(
+                tl.float32
+            )  # as it is multiplied, or j would gain the difference
+        if K_MOVES:
+            ds += tl.sum(q * tl.load(DK + key, mask=inside, other=0.0).to(tl.float32), 1)
     ds *= scale
-    return ds if cap is None else softcap_change(cap, tl.sum(q0.to(tl.float32) * k0, 1) * scale, ds)
+    return ds if cap is None else softcap_change(cap, raw * scale, ds)
 
 
 @triton.jit
