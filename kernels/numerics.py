@@ -19,11 +19,17 @@ LARGEST_EXPM1 = tl.constexpr(40.0)
 
 @triton.jit
 def expm1(x):
-    """e^x − 1 without cancellation: its series where it is short enough (2e-8 at ±0.25), the exponential elsewhere."""
+    """e^x − 1 without cancellation."""
+    return expm1_beside(x, tl.exp(x))
+
+
+@triton.jit
+def expm1_beside(x, e):
+    """e^x − 1 where e = e^x is at hand: the series where it is short enough (2e-8 at ±0.25), e − 1 elsewhere."""
     near = tl.abs(x) < 0.25
     y = tl.where(near, x, 0.0)
-    series = 1.0 + y / 2 * (1.0 + y / 3 * (1.0 + y / 4 * (1.0 + y / 5 * (1.0 + y / 6 * (1.0 + y / 7)))))
-    return tl.where(near, y * series, tl.exp(x) - 1.0)
+    tail = 1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040))))
+    return tl.where(near, y + y * y * (0.5 + y * tail), e - 1.0)
 
 
 @triton.jit
@@ -62,3 +68,33 @@ def small_change(u, s):
 def large_change(g0, g1):
     """From the logs of Σ e^(z_v − z_t) over v other than t, before and after."""
     return softplus(g1) - softplus(g0)
+
+
+@triton.jit
+def smoothing_term(epsilon, mean):
+    """What label smoothing adds to a loss, from the mean of z_v − z_t, or of d_v − d_t to its change; as in torch a
+    masked column (−inf) makes it infinite."""
+    return tl.where(mean == float("-inf"), float("inf"), -epsilon * mean)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^−x) with the digits of both tails."""
+    return tl.exp(tl.minimum(x, 0.0)) / (1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def softcap(c, z):
+    """c·tanh(z / c)."""
+    shrunk = expm1(-tl.abs(2.0 * z / c))
+    size = c * shrunk / (2.0 + shrunk)
+    return tl.where(z > 0, -size, size)
+
+
+@triton.jit
+def softcap_change(c, z, d):
+    """By how much c·tanh(z / c) moves where z moves by d: sinh(d)·sech(z)·sech(z + d) without its overflows."""
+    y, e = 2.0 * z / c, 2.0 * d / c
+    up, down = tl.maximum(y, y + e), tl.maximum(-y, -y - e)
+    size = 2.0 * c * expm1(-tl.abs(e)) * sigmoid(up) * sigmoid(down)
+    return tl.where(e > 0, -size, size)
