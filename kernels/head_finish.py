@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from finf_fast.kernels.numerics import (
     LARGEST_EXPM1,
     is_small_change,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from finf_fast.kernels.numerics import softcap, softcap_change
 
 

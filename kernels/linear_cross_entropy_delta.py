@@ -1,28 +1,24 @@
 """Cross entropy behind a linear layer and its exact changes, on a GPU: logits live in registers, a tile at a time.
 
-A program holds a block of rows and walks one part of the vocabulary, tile by tile. With one query the tile's values and
-changes are formed in one loop, from one load of W (two accumulators). With more, the tile's values are formed once and
-turned into e^(z−m), which stays in registers while query after query forms its changes beside it: 1 + Q products in
-all, the values' never twice, at the price of reading W's tile again from the second-level cache for each.
+With one query the values and changes of a tile are formed in one loop, from one load of W (two accumulators). With more
+the values are formed once and turned into e^(z−m), which stays in registers while query after query forms its changes
+beside it: 1 + Q products in all, the values' never twice, at the price of reading W's tile again, from the second-level
+cache, for each.
 
-Four to seven launches: the inner side of a low-rank change; the targets' logits and changes (`head_targets`); sums by
-row and part of the vocabulary; losses out of them (`head_finish`); and, in case a change was too large for those sums,
-the same walk and finish once more, which end at once for the blocks where none was. Nothing waits for the device,
-nothing is added up in an order that could vary.
+Four to six launches: the inner side of a low-rank change; the targets' logits and changes (`head_targets`); sums by row
+and part of the vocabulary (`head_sums`); losses out of them (`head_finish`); and, in case a change was too large for
+those sums, the same walk and finish once more, which end at once for the blocks of rows where none was. Nothing waits
+for the device, and nothing is added up in an order that could vary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
-from torch import Tensor
-
 from finf_fast.kernels.configurations import (
     INTERPRETER,
-    MULTIPROCESSORS,
     OPTIONS,
     Specimen,
     architecture,
@@ -32,14 +28,13 @@ from finf_fast.kernels.configurations import (
     settings_for,
 )
 from finf_fast.kernels.head_finish import finish_far_kernel, finish_kernel
+from finf_fast.kernels.head_sums import sums_kernel
 from finf_fast.kernels.head_targets import inner_kernel, target_kernel
-from finf_fast.kernels.numerics import expm1_beside, softcap, softcap_change
-from finf_fast.kernels.tiles import add_product, paired_product
+from torch import Tensor
 
-LOWEST = tl.constexpr(-3.4e38)  # below every logit, and no infinity: a difference from it is no NaN
 # Rows of W whose median stands for what all have in common: within an eighth of their spread, and that is enough.
 SAMPLED = 129
-# Rows that a program of the finish takes, numbers that one of the targets' adds up at once: one for each thread and more.
+# Rows that a program of the finish takes: one a thread; numbers that one of the targets' adds up at once: four.
 FINISH_ROWS, TARGET_BLOCK = 128, 512
 
 
@@ -66,9 +61,11 @@ class Settings:
 # Two accumulators of 128×128 are 128 of a thread's 255 registers with 8 warps; a third of that size would not fit.
 # Stages: as many as the shared memory holds, a stage of `pair` being (2·rows + columns)·depth bfloat16.
 _FMA = Tiles(32, 64, 16, 4, 2)  # operands come from shared memory number by number: small, so that registers suffice
+# (x + dx) R of a low-rank change: float32 by multiply-adds everywhere, a hundredth of all work.
+INNER = Tiles(32, 16, 32, 4, 2)
 TABLE = {
-    # The least tiles that dot allows: small tests have several.
-    INTERPRETER: Settings(*[Tiles(16, 64, 32, 1, 1)] * 4, rank=16),
+    # Small: the tests' axes are cut in several.
+    INTERPRETER: Settings(*[Tiles(16, 64, 64, 1, 1)] * 4, rank=16),
     # mma.sync keeps operands in registers as well: 64 columns. 163 KiB: 3 stages of 40 KiB.
     80: Settings(Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 32, 8, 3), _FMA, rank=16),
     # As 80 with 99 KiB.
@@ -78,173 +75,6 @@ TABLE = {
     # Accumulators lie in tensor memory; loads as on 90.
     100: Settings(Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 8, 5), Tiles(128, 64, 64, 8, 4), _FMA, rank=16),
 }
-
-
-@triton.jit
-def sums_kernel(
-    X, DX, W, CENTRE, X1, DW, INNER, U, BIAS, DB, TARGET, Z_T, D_T, FAR, VALUES, CHANGES,
-    x_stride, dx_stride, w_stride, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank, tiles_a_part, cap,
-    AFTER: tl.constexpr, PAIRED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, HALVES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """VALUES and CHANGES of a block of rows and a part of the vocabulary; AFTER: AFTERS of a block with FAR rows."""
-    row, part, parts = tl.program_id(0) * ROWS, tl.program_id(1), tl.num_programs(1)
-    rows = row + tl.arange(0, ROWS)
-    inside = rows < N
-    if AFTER:
-        if not _any(FAR, rows, inside, N, Q):
-            return
-    t = tl.load(TARGET + rows, mask=inside, other=-1)
-    z_t = tl.load(Z_T + rows, mask=inside, other=0.0).to(tl.float32)
-    m, rest, gaps = tl.full((ROWS,), LOWEST, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    a, b, c, moves = _start(AFTER, ROWS)  # of the one query
-    first, last = part * tiles_a_part, tl.minimum((part + 1) * tiles_a_part, tl.cdiv(V, COLUMNS))
-    for j in range(first, last):
-        start = j * COLUMNS
-        columns = start + tl.arange(0, COLUMNS)
-        aside = (columns >= V)[None, :] | (columns[None, :] == t[:, None])
-        if PAIRED:
-            z, d = paired_product(
-                X, x_stride, DX, dx_stride, row, N, W, w_stride, start, V, CENTRE, D,
-                ROWS, COLUMNS, DEPTH, DESCRIPTORS, INTERPRETED,
-            )  # fmt: skip
-        else:
-            z = add_product(
-                tl.zeros((ROWS, COLUMNS), tl.float32), X, x_stride, row, N, W, w_stride, start, V, CENTRE, D,
-                ROWS, COLUMNS, DEPTH, DESCRIPTORS, INTERPRETED,
-            )  # fmt: skip
-        if BIAS is not None:
-            z += tl.load(BIAS + columns, mask=columns < V, other=0.0)[None, :]
-        if PAIRED:
-            d = _moves(
-                d, z, aside, 0, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank,
-                cap, SOFTCAP, HALVES, DESCRIPTORS, INTERPRETED, ROWS, COLUMNS, DEPTH, RANK,
-            )  # fmt: skip
-        y = softcap(cap, z) if SOFTCAP else z
-        if SMOOTHING:
-            gaps += tl.sum(tl.where(aside, 0.0, y - z_t[:, None]), 1)
-        if AFTER:
-            rescale, e = rest, tl.where(aside, float("-inf"), y - z_t[:, None])
-        else:
-            y = tl.where(aside, float("-inf"), y)
-            top = tl.maximum(m, tl.max(y, 1))
-            rescale, e, m = tl.exp(m - top), tl.exp(y - top[:, None]), top
-            rest = rest * rescale + tl.sum(e, 1)
-        if PAIRED:
-            a, b, c, moves = _fold(d, e, rescale, a, b, c, moves, AFTER, SMOOTHING)
-        else:
-            for q in range(0, Q):
-                d = tl.zeros((ROWS, COLUMNS), tl.float32)
-                if DX is not None:
-                    d = add_product(
-                        d, DX, dx_stride, q * N + row, (q + 1) * N, W, w_stride, start, V, CENTRE, D,
-                        ROWS, COLUMNS, DEPTH, DESCRIPTORS, INTERPRETED,
-                    )  # fmt: skip
-                d = _moves(
-                    d, z, aside, q, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q,
-                    rank, cap, SOFTCAP, HALVES, DESCRIPTORS, INTERPRETED, ROWS, COLUMNS, DEPTH, RANK,
-                )  # fmt: skip
-                a, b, c, moves = _start(AFTER, ROWS)
-                if j > first:
-                    a, b, c, moves = _load(CHANGES, part, q, rows, inside, parts, N, Q, AFTER, SMOOTHING)
-                a, b, c, moves = _fold(d, e, rescale, a, b, c, moves, AFTER, SMOOTHING)
-                _store(CHANGES, a, b, c, moves, part, q, rows, inside, parts, N, Q, AFTER, SMOOTHING)
-            tl.debug_barrier()  # what is stored here other threads of the row may load beside the next tile
-    if PAIRED:
-        _store(CHANGES, a, b, c, moves, part, 0, rows, inside, parts, N, Q, AFTER, SMOOTHING)
-    if not AFTER:
-        at = tl.cast(part, tl.int64) * N + rows
-        slot = tl.cast(parts, tl.int64) * N
-        tl.store(VALUES + at, m, mask=inside)
-        tl.store(VALUES + slot + at, rest, mask=inside)
-        tl.store(VALUES + 2 * slot + at, gaps, mask=inside)
-
-
-@triton.jit
-def _moves(
-    d, z, aside, q, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank, cap,
-    SOFTCAP: tl.constexpr, HALVES: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """d_v − d_t of a tile from dx Wᵀ in `d` and the raw logits in `z`; 0 where `aside`."""
-    rows, columns = row + tl.arange(0, ROWS), start + tl.arange(0, COLUMNS)
-    if DW is not None:
-        d = add_product(
-            d, X1, x1_stride, q * x1_rows + row, q * x1_rows + N, DW, dw_stride, q * V + start, (q + 1) * V, None, D,
-            ROWS, COLUMNS, DEPTH, DESCRIPTORS, INTERPRETED,
-        )  # fmt: skip
-    if U is not None:
-        for half in tl.static_range(HALVES):
-            first = (half * Q + q) * N
-            d = add_product(
-                d, INNER, rank, first + row, first + N, U, rank, q * V + start, (q + 1) * V, None, rank,
-                ROWS, COLUMNS, RANK, False, INTERPRETED,
-            )  # fmt: skip
-    wide_q = tl.cast(q, tl.int64)
-    if DB is not None:
-        d += tl.load(DB + wide_q * V + columns, mask=columns < V, other=0.0)[None, :]
-    if SOFTCAP:
-        d = softcap_change(cap, z, d)
-    d_t = tl.load(D_T + wide_q * N + rows, mask=rows < N, other=0.0)
-    return tl.where(aside, 0.0, d - d_t[:, None])
-
-
-@triton.jit
-def _start(AFTER: tl.constexpr, ROWS: tl.constexpr):
-    zero, lowest = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), LOWEST, tl.float32)
-    return lowest if AFTER else zero, zero, zero if AFTER else lowest, zero
-
-
-@triton.jit
-def _fold(d, e, rescale, a, b, c, moves, AFTER: tl.constexpr, SMOOTHING: tl.constexpr):
-    """A tile's t = d into a query's sums: Σ e·expm1(t), Σ e·e^t, the largest t; AFTER, where e is z − z_t, into the
-    largest z − z_t + t and Σ e^(z − z_t + t) from there."""
-    if AFTER:
-        y = e + d
-        top = tl.maximum(a, tl.max(y, 1))
-        b = b * tl.exp(a - top) + tl.sum(tl.exp(y - top[:, None]), 1)
-        a = top
-    else:
-        grown = tl.exp(d)
-        a = a * rescale + tl.sum(e * expm1_beside(d, grown), 1)
-        b = b * rescale + tl.sum(e * grown, 1)
-        c = tl.maximum(c, tl.max(d, 1))
-        if SMOOTHING:
-            moves += tl.sum(d, 1)
-    return a, b, c, moves
-
-
-@triton.jit
-def _load(SUMS, part, q, rows, inside, parts, N, Q, AFTER: tl.constexpr, SMOOTHING: tl.constexpr):
-    at, slot = SUMS + (tl.cast(part, tl.int64) * Q + q) * N + rows, tl.cast(parts, tl.int64) * Q * N
-    a, b = tl.load(at, mask=inside, other=0.0), tl.load(at + slot, mask=inside, other=0.0)
-    c, moves = a * 0.0, a * 0.0
-    if not AFTER:
-        c = tl.load(at + 2 * slot, mask=inside, other=0.0)
-    if SMOOTHING and not AFTER:
-        moves = tl.load(at + 3 * slot, mask=inside, other=0.0)
-    return a, b, c, moves
-
-
-@triton.jit
-def _store(SUMS, a, b, c, moves, part, q, rows, inside, parts, N, Q, AFTER: tl.constexpr, SMOOTHING: tl.constexpr):
-    at, slot = SUMS + (tl.cast(part, tl.int64) * Q + q) * N + rows, tl.cast(parts, tl.int64) * Q * N
-    tl.store(at, a, mask=inside)
-    tl.store(at + slot, b, mask=inside)
-    if not AFTER:
-        tl.store(at + 2 * slot, c, mask=inside)
-    if SMOOTHING and not AFTER:
-        tl.store(at + 3 * slot, moves, mask=inside)
-
-
-@triton.jit
-def _any(FAR, rows, inside, N, Q):
-    """Whether a row of the block has a change whose sums must be taken again."""
-    found = tl.zeros(rows.shape, tl.int32)
-    for q in range(0, Q):
-        found |= tl.load(FAR + tl.cast(q, tl.int64) * N + rows, mask=inside, other=0).to(tl.int32)
-    return tl.max(found, 0) > 0
 
 
 def linear_cross_entropy_delta(
@@ -386,11 +216,11 @@ def _inner(x: Tensor, dx: Tensor | None, R: Tensor) -> Tensor:
     """(halves, Q, N, r) = (x + dx_q) R_q: for bfloat16 products in two parts, which together hold 16 bits of it."""
     (Q, D, r), N = R.shape, len(x)
     inner = x.new_empty((1 if x.dtype == torch.float32 else 2, Q, N, r))
-    rows, depth, rank = 32, 32, 16  # float32 by multiply-adds; a hundredth of all work
     if inner.numel():
-        inner_kernel[(triton.cdiv(N, rows), Q, triton.cdiv(r, rank))](
+        inner_kernel[(triton.cdiv(N, INNER.rows), Q, triton.cdiv(r, INNER.columns))](
             *(x, dx, R, inner, x.stride(0), 0 if dx is None else dx.stride(0), N, D, Q, r),
-            **{"HALVES": len(inner), "ROWS": rows, "DEPTH": depth, "RANK": rank, **OPTIONS},
+            **{"HALVES": len(inner), "ROWS": INNER.rows, "DEPTH": INNER.depth, "RANK": INNER.columns},
+            **{"num_warps": INNER.num_warps, "num_stages": INNER.num_stages, **OPTIONS},
         )
     return inner
 
@@ -398,7 +228,7 @@ def _inner(x: Tensor, dx: Tensor | None, R: Tensor) -> Tensor:
 def _strides(head: _Head) -> tuple[int, ...]:
     """Distances between rows, and how many rows of x1 lie between two queries'."""
     x, dx, W, x1, dW = (0 if y is None else y.stride(0) for y in (head.x, head.dx, head.W, head.x1, head.dW))
-    moved = 0 if head.x1 is None or len(head.x1) == len(head.x) and head.dx is None else len(head.x)
+    moved = 0 if head.x1 is None or (len(head.x1) == len(head.x) and head.dx is None) else len(head.x)
     return x, dx, W, x1, moved, dW
 
 
@@ -443,3 +273,96 @@ def _constants(tiles: Tiles, rank, after, paired, softcap, smoothing, halves, de
     flags = {"AFTER": after, "PAIRED": paired, "SOFTCAP": softcap, "SMOOTHING": smoothing, "HALVES": halves}
     sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "RANK": rank}
     return {**flags, **sizes, "DESCRIPTORS": descriptors, "INTERPRETED": interpreted()}
+
+
+def specimens(architecture: int) -> list[Specimen]:
+    """Every way in which the kernels are launched that differs in its machine code's shape."""
+    names = ("dx", "dW", "U", "db", "bias")
+    pair = dict.fromkeys(("dx",), True)
+    everything = dict.fromkeys(names, True)
+    walks = [
+        _walk_specimen(architecture, "pair", pair, paired=True),
+        _walk_specimen(architecture, "pair, dense", {"dx": True, "dW": True}, paired=True),
+        _walk_specimen(architecture, "pair, low rank and biases", {**everything, "dW": False}, paired=True),
+        _walk_specimen(architecture, "pair, soft cap and smoothing", pair, paired=True, SOFTCAP=True, SMOOTHING=True),
+        _walk_specimen(architecture, "queries", pair),
+        _walk_specimen(architecture, "queries, low rank and biases", {**everything, "dW": False}),
+        _walk_specimen(architecture, "queries, soft cap", {**everything, "U": False}, SOFTCAP=True),
+        _walk_specimen(architecture, "pair again", pair, paired=True, AFTER=True),
+        _walk_specimen(architecture, "queries again", pair, AFTER=True),
+        _walk_specimen(architecture, "pair without descriptors", pair, paired=True, DESCRIPTORS=False),
+        _walk_specimen(architecture, "float32 pair", pair, kind="fp32", paired=True),
+        _walk_specimen(architecture, "float32 queries", {**everything, "dW": False}, kind="fp32"),
+    ]
+    return [*walks, _target_specimen(), _inner_specimen(), *_finish_specimens()]
+
+
+_LONG = ("X", "DX", "W", "X1", "DW")
+_STRIDES = {f"{name}_stride": "i32" for name in ("x", "dx", "w", "x1", "dw")} | {"x1_rows": "i32"}
+_SIZES = {"N": "i32", "D": "i32", "V": "i32", "Q": "i32"}
+
+
+def _walk_specimen(architecture, name, given, kind="bf16", paired=False, **flags) -> Specimen:
+    settings, wide = settings_for(TABLE, architecture), kind == "fp32"
+    capped = settings.capped if flags.get("SOFTCAP") else settings.queries
+    tiles = settings.wide if wide else settings.pair if paired else capped
+    descriptors = flags.get("DESCRIPTORS", has_descriptors(architecture) and not wide)
+    types = _types(given, kind, None if wide else False)
+    if descriptors:
+        block = {"X": tiles.rows, "DX": tiles.rows, "X1": tiles.rows, "W": tiles.columns, "DW": tiles.columns}
+        types |= {name: f"tensordesc<{kind}[{block[name]},{tiles.depth}]>" for name in _LONG if types[name]}
+    types |= {"FAR": "*i8", "VALUES": "*fp32", "CHANGES": "*fp32"}
+    constants = _constants(tiles, settings.rank, False, paired, False, False, 1 if wide else 2, descriptors) | flags
+    tensor_cores = () if wide else ("HGMMA",) if architecture == 90 else ("HMMA",) if architecture < 90 else ()
+    return _specimen(
+        *(name, sums_kernel, types, {**_STRIDES, **_SIZES, "rank": "i32", "tiles_a_part": "i32", "cap": "fp32"}),
+        *(constants | {"INTERPRETED": False}, tiles.num_warps, tiles.num_stages),
+        unaligned=("N", "V", "Q", "rank", "tiles_a_part", "x1_rows"),
+        instructions=tensor_cores + (("UTMALDG",) if descriptors and architecture == 90 else ()),
+    )
+
+
+def _types(given, kind, centre) -> dict:
+    """Types of the tensors of the head; None for one that is not given."""
+    own, wide = f"*{kind}", "*fp32"
+    types = {"X": own, "DX": given.get("dx") and own, "W": own, "CENTRE": None if centre is False else wide}
+    types |= {"X1": given.get("dW") and own, "DW": given.get("dW") and own}
+    types |= {"INNER": given.get("U") and own, "U": given.get("U") and own}
+    types |= {"BIAS": given.get("bias") and wide, "DB": given.get("db") and wide}
+    return types | {"TARGET": "*i64", "Z_T": "*fp64", "D_T": wide}
+
+
+def _specimen(name, kernel, types, numbers, constants, num_warps=4, num_stages=3, **more) -> Specimen:
+    absent = {argument: None for argument, kind in types.items() if not kind}
+    given = {argument: kind for argument, kind in types.items() if kind}
+    return Specimen(name, kernel, given | numbers, absent | constants, num_warps, num_stages, **more)
+
+
+def _target_specimen() -> Specimen:
+    given = dict.fromkeys(("dx", "U", "db", "bias"), True)
+    numbers = {**_STRIDES, **_SIZES, "rank": "i32", "cap": "fp32", "ignore_index": "i32"}
+    constants = {"SOFTCAP": True, "HALVES": 2, "BLOCK": TARGET_BLOCK}
+    unaligned = ("N", "V", "Q", "rank", "x1_rows", "ignore_index")
+    return _specimen("targets", target_kernel, _types(given, "bf16", False), numbers, constants, unaligned=unaligned)
+
+
+def _inner_specimen() -> Specimen:
+    types = {"X": "*bf16", "DX": "*bf16", "R": "*fp32", "INNER": "*bf16"}
+    numbers = {"x_stride": "i32", "dx_stride": "i32", "N": "i32", "D": "i32", "Q": "i32", "rank": "i32"}
+    constants = {"HALVES": 2, "ROWS": INNER.rows, "DEPTH": INNER.depth, "RANK": INNER.columns}
+    sizes = (INNER.num_warps, INNER.num_stages)
+    return _specimen("inner side", inner_kernel, types, numbers, constants, *sizes, unaligned=("N", "Q", "rank"))
+
+
+def _finish_specimens() -> list[Specimen]:
+    sums = {"Z_T": "*fp64", "VALUES": "*fp32", "CHANGES": "*fp32", "DELTA": "*fp32", "FAR": "*i8"}
+    numbers = {"delta_stride": "i32", "N": "i32", "V": "i32", "Q": "i32", "parts": "i32", "epsilon": "fp32"}
+    constants = {"SMOOTHING": True, "BLOCK": FINISH_ROWS}
+    first, unaligned = {"TARGET": "*i64", "BASE": "*fp32"}, ("N", "V", "Q", "parts", "delta_stride")
+    whole = {**numbers, "ignore_index": "i32"}
+    return [
+        _specimen("finish", finish_kernel, sums | first, whole, constants, unaligned=(*unaligned, "ignore_index")),
+        _specimen(
+            "finish again", finish_far_kernel, sums | {"AFTERS": "*fp32"}, numbers, constants, unaligned=unaligned
+        ),
+    ]

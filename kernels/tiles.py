@@ -44,7 +44,8 @@ def add_dot(a, b, acc, INTERPRETED: tl.constexpr):
 @triton.jit
 def add_product(
     acc, A, a_stride, a_row, a_end, B, b_stride, b_row, b_end, CENTRE, depth,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """acc (ROWS, COLUMNS) + A Bᵀ over all of `depth`."""
     for k in range(0, depth, DEPTH):
@@ -57,7 +58,8 @@ def add_product(
 @triton.jit
 def paired_product(
     A, a_stride, D, d_stride, row, end, B, b_stride, b_row, b_end, CENTRE, depth,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A Bᵀ and D Bᵀ (ROWS, COLUMNS), each tile of B loaded once for both."""
     value = tl.zeros((ROWS, COLUMNS), tl.float32)

@@ -57,8 +57,9 @@ def check_rows(name: str, x: Tensor) -> None:
 
 
 def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
-    """IndexError, by row, unless every target is in [0, V) or ignored; elsewhere than on a CPU, where looking would wait
-    for the device, the assertion is left to it.
+    """IndexError, by row, unless every target is in [0, V) or ignored.
+
+    Only a CPU may look without waiting: any other device is left to assert it when it gets there.
     """
     good = ((target >= 0) & (target < V)) | (target == ignore_index)
     if target.device.type != "cpu":
