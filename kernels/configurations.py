@@ -17,6 +17,8 @@ import torch
 INTERPRETER = 0
 # Bytes of shared memory that one program may hold (CUDA C++ programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# Newer than 80 and 100, but with 89's shared memory.
+_SMALLER = {86: 89, 120: 89, 121: 89}
 # Multiprocessors of the part that a table's row is made for: A100, L40S, H200, B200. The interpreter's stands for few,
 # so that small tests too cut an axis in several parts.
 MULTIPROCESSORS = {INTERPRETER: 6, 80: 108, 89: 142, 90: 132, 100: 148}
@@ -68,12 +70,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def settings_for(table: Mapping[int, Settings], architecture: int) -> Settings:
-    """The table's row for `architecture`: its own, or that of the newest before it (86 runs as 80, 103 as 100)."""
+    """The table's row for `architecture`: its own, or that of the newest before it."""
+    architecture = _SMALLER.get(architecture, architecture)
     known = [row for row in table if row <= architecture and (row == INTERPRETER) == (architecture == INTERPRETER)]
     if not known:
-        raise ValueError(
-            f"architecture: wanted one of {', '.join(map(str, sorted(table)))} or newer, got {architecture}"
-        )
+        wanted = ", ".join(map(str, sorted(table)))
+        raise ValueError(f"architecture: wanted one of {wanted} or newer, got {architecture}")
     return table[max(known)]
 
 

@@ -96,6 +96,30 @@ def test_small_and_large_change(numerics):
     assert (np.abs(got - wanted) <= 1e-6 * np.maximum(np.logaddexp(0, g1), np.logaddexp(0, g0))).all()
 
 
+@pytest.mark.parametrize("c", [1.0, 30.0])
+def test_softcap_and_its_change(numerics, c):
+    z = signed((-3, 2.5))
+    cap = np.full_like(z, c)
+    close(apply(numerics.softcap, cap, z), c * np.tanh(z / c), bound=2e-6)
+    z, wide = signed((-3, 1.2)), np.longdouble
+    for d in (1e-9, -1e-3, 2.0, -40.0):
+        moves, cap = np.full_like(z, np.float32(d)), np.full_like(z, c)
+        a, e = wide(z) / c, wide(moves) / c
+        true = c * np.sinh(e) / (np.cosh(a) * np.cosh(a + e))
+        kept = np.abs(true) > 1e-30  # below that float32 has few digits to give
+        close(apply(numerics.softcap_change, cap, z, moves)[kept], true[kept].astype(float), bound=4e-6 * (1 + 20 / c))
+
+
+def test_sigmoid(numerics):
+    x = signed((-3, 1.9))
+    close(apply(numerics.sigmoid, x), np.exp(-np.logaddexp(0, -x)), bound=1e-6)
+
+
+def test_smoothing_of_a_masked_column_is_infinite(numerics):
+    got = apply(numerics.smoothing_term, [0.5, 0.5], [4.0, -np.inf])
+    assert got.tolist() == [-2.0, np.inf]
+
+
 def test_which_changes_are_small(numerics):
     u, s, step = [0.1, -0.4, -0.6, 0.1, np.nan], [1.0] * 5, [1.0, 1.0, 1.0, 50.0, 1.0]
     assert apply(numerics.is_small_change, u, s, step).tolist() == [1, 1, 0, 0, 0]

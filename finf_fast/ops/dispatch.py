@@ -64,7 +64,7 @@ TABLE: dict[str, dict[str, Face]] = {
     "attention_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "group_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
-    "linear_cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
+    "linear_cross_entropy_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "linear_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "noise": {"cpp": Face(("cpu",), (torch.int64,)), "reference": Face(None, (torch.int64,))},
     "rms_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
