@@ -1,6 +1,6 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
-# make prove   the long proofs: every instruction set, sanitizers, packaging from scratch, interrupted runs
+# make prove   the long proofs: every instruction set, sanitizers, Triton's kernels, packaging, interrupted runs
 # make sanitize  the tests of the operations on an extension built with ASan and UBSan
 # make bench   the measurements behind README, into bench/results/
 # make lint    style of Python and C++
@@ -43,6 +43,7 @@ prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())") && test -n "$$sets" && for isa in $$sets; do \
 	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
 	$(MAKE) sanitize
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -k triton $(TRITON_TESTS)
 	$(BIN)/python -m pytest -m prove
 
 # A copy of the package with an extension that ends the program at the first bad address or undefined step. Python itself
@@ -61,6 +62,9 @@ sanitize: $(VENV)/.installed
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta \
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
   topk_merge))
+
+# Operations with a Triton face: the same tests, its kernels interpreted on the CPU.
+TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,linear_cross_entropy_delta))
 
 bench: $(VENV)/.installed
 	for script in bench/bench_*.py; do $(BIN)/python $$script --save || exit 1; done

@@ -90,6 +90,8 @@ def test_an_operation_is_found_by_one_name(op):
         f"tests/test_{op}.py",
         f"bench/bench_{op}.py",
     }
+    if "triton" in dispatch.TABLE[op]:
+        wanted.add(f"kernels/{op}.py")
     assert {path for path in wanted if not (ROOT / path).is_file()} == set()
 
 

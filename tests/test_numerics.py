@@ -63,7 +63,9 @@ def close(got, wanted, bound=4e-7):
 
 def test_expm1(numerics):
     x = signed((-30, 1.2))
-    close(apply(numerics.expm1, x), np.expm1(x), bound=2e-6)  # at ±0.25 the exponential's own rounding, times four
+    close(apply(numerics.expm1, x), np.expm1(x))
+    assert apply(numerics.expm1, [-np.inf, np.nan, 0.0]).tolist()[::2] == [-1, 0]
+    assert np.isnan(apply(numerics.expm1, [np.nan])).all()
 
 
 def test_log1p(numerics):
@@ -94,6 +96,47 @@ def test_small_and_large_change(numerics):
     assert (np.abs(got - wanted) <= 1e-6 * np.maximum(np.logaddexp(0, g1), np.logaddexp(0, g0))).all()
 
 
+@pytest.mark.parametrize("c", [1.0, 30.0])
+def test_softcap_and_its_change(numerics, c):
+    z = signed((-3, 2.5))
+    cap = np.full_like(z, c)
+    close(apply(numerics.softcap, cap, z), c * np.tanh(z / c), bound=2e-6)
+    z, wide = signed((-3, 1.2)), np.longdouble
+    for d in (1e-9, -1e-3, 2.0, -40.0):
+        moves, cap = np.full_like(z, np.float32(d)), np.full_like(z, c)
+        a, e = wide(z) / c, wide(moves) / c
+        true = c * np.sinh(e) / (np.cosh(a) * np.cosh(a + e))
+        kept = np.abs(true) > 1e-30  # below that float32 has few digits to give
+        close(apply(numerics.softcap_change, cap, z, moves)[kept], true[kept].astype(float), bound=4e-6 * (1 + 20 / c))
+
+
+def test_smoothing_of_a_masked_column_is_infinite(numerics):
+    got = apply(numerics.smoothing_term, [0.5, 0.5], [4.0, -np.inf])
+    assert got.tolist() == [-2.0, np.inf]
+
+
 def test_which_changes_are_small(numerics):
     u, s, step = [0.1, -0.4, -0.6, 0.1, np.nan], [1.0] * 5, [1.0, 1.0, 1.0, 50.0, 1.0]
     assert apply(numerics.is_small_change, u, s, step).tolist() == [1, 1, 0, 0, 0]
+
+
+def test_half_tanh(numerics):
+    y = signed((-30, 1.5))
+    close(apply(numerics.half_tanh, y), np.tanh(y / 2))
+
+
+def test_rounding_to_the_nearest(numerics):
+    """The interpreter itself cuts off; numbers half way, those that round into the next power, zeros and NaN."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(X, Y, ROUNDED: tl.constexpr, n: tl.constexpr):
+        tl.store(Y + tl.arange(0, n), ROUNDED(tl.load(X + tl.arange(0, n)), tl.bfloat16))
+
+    few = torch.tensor([0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 2 - 2**-9, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([few, torch.randn(1016, generator=torch.Generator().manual_seed(0))])
+    y = torch.empty(1024, dtype=torch.bfloat16)
+    kernel[(1,)](x, y, ROUNDED=numerics.rounded, n=1024)
+    assert torch.equal(y.view(torch.int16)[:7], x.bfloat16().view(torch.int16)[:7]) and y[7].isnan()
+    assert torch.equal(y[8:], x[8:].bfloat16())

@@ -73,7 +73,19 @@ def _run_cpp(stack, kind, gate):
     return y
 
 
-_FACES = {"cpp": _run_cpp, "reference": reference.activation_delta}
+def _run_triton(stack, kind, gate):
+    from finf_fast.kernels import activation_delta as kernel
+
+    y = _allocate(stack, kind, gate)
+    M = stack.shape[1:].numel()
+    if y.numel():
+        # A stack with gaps inside a row is copied by `stack_of_rows`, as every face but the plain one needs it.
+        x, g = (stack_of_rows(s, M) for s in (stack, gate))
+        kernel.activation_delta(x, g, y.view(len(y), M), kind)
+    return y
+
+
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": reference.activation_delta}
 
 
 @register("activation_delta", "(Tensor stack, str kind, Tensor? gate) -> Tensor", _allocate)

@@ -125,7 +125,21 @@ def _numbers(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.to(torch.float32)
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_triton(q, k, v, causal, scale, mask, softcap):
+    from finf_fast.kernels import attention_delta as kernel
+
+    out = _allocate(q, k, v, causal, scale, mask, softcap)
+    B, H, T, E = q.shape[1:]
+    if not out.numel() or not k.shape[3]:
+        return out.zero_()
+    scale = 1 / math.sqrt(max(E, 1)) if scale is None else scale
+    mask = None if mask is None else mask.expand(B, H, T, k.shape[3])
+    # Rows whose numbers are not neighbours are gathered once: every program would read them with gaps.
+    kernel.attention_delta(rows(q), rows(k), rows(v), out, causal=causal, scale=scale, mask=mask, cap=softcap)
+    return out
+
+
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
 @register(

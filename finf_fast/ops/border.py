@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "check_dtype", "check_rows", "check_same_device", "check_shape", "result_dtype", "rows"]
+__all__ = [
+    "CODES",
+    "check_dtype",
+    "check_rows",
+    "check_same_device",
+    "check_shape",
+    "check_targets",
+    "result_dtype",
+    "rows",
+]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -45,6 +54,20 @@ def check_rows(name: str, x: Tensor) -> None:
     """ValueError unless the numbers of a row that is to be written are neighbours in memory."""
     if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: wanted rows without gaps (last stride 1), got strides {x.stride()}")
+
+
+def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
+    """IndexError, by row, unless every target is in [0, V) or ignored.
+
+    Only a CPU may look without waiting: any other device is left to assert it when it gets there.
+    """
+    good = ((target >= 0) & (target < V)) | (target == ignore_index)
+    if target.device.type != "cpu":
+        torch._assert_async(good.all())
+    elif not good.all():
+        row = int((~good).nonzero()[0])
+        got = f"got {int(target[row])} in row {row}"
+        raise IndexError(f"target: wanted 0 to {V - 1} or ignore_index {ignore_index}, {got}")
 
 
 def result_dtype(*inputs: Tensor) -> torch.dtype:

@@ -82,7 +82,19 @@ def _run_cpp(stack, groups, weight, bias, dweight, dbias, eps):
     return y
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_triton(stack, groups, weight, bias, dweight, dbias, eps):
+    from finf_fast.kernels import group_norm_delta as kernel
+
+    y = _allocate(stack, groups, weight, bias, dweight, dbias, eps)
+    if y.numel():
+        C, S = stack.shape[2], stack.shape[3:].numel()
+        x = stack_of_rows(stack, C // groups * S)
+        params = [parameter(p) for p in (weight, bias, dweight, dbias)]
+        kernel.group_norm_delta(x, *params, y.view(len(y), *x.shape[1:]), eps, groups=groups, space=S)
+    return y
+
+
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
 @register(

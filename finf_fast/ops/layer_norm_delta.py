@@ -116,7 +116,26 @@ def _run_cpp(stack, weight, bias, dweight, dbias, residual, eps):
     return out
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_triton(stack, weight, bias, dweight, dbias, residual, eps):
+    from finf_fast.kernels import layer_norm_delta as kernel
+
+    out = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
+    if stack.numel():
+        x, other, y, total = rows_of_norm(stack, residual, out)
+        params = [parameter(p) for p in (weight, bias, dweight, dbias)]
+        kernel.layer_norm_delta(x, other, *params, y, total, eps)
+    return out
+
+
+def rows_of_norm(stack: Tensor, residual: Tensor | None, out: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Stack, residual and results as (1+Q, N, D); a stack with gaps inside a row is copied."""
+    D = stack.shape[-1]
+    x, other = (stack_of_rows(s, D) for s in (stack, residual))
+    y, total = (s.view(len(s), -1, D) for s in out) if len(out) > 1 else (out[0].view(len(out[0]), -1, D), None)
+    return x, other, y, total
+
+
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
 @register(

@@ -14,6 +14,7 @@ from finf_fast.ops.border import (
     check_rows,
     check_same_device,
     check_shape,
+    check_targets,
     result_dtype,
     rows,
 )
@@ -164,10 +165,7 @@ def _run_cpp(x, dx, W, target, base, delta, bias, db, dW, U, V, softcap, ignore_
     (N, D), Q, r = x.shape, len(delta), 0 if U is None else U.shape[2]
     # Of an update in another type every number is needed once for each block of rows: it is converted once instead.
     x, dx, W, dW, U = (_rows(y) for y in (x, dx, W, _short(dW), _short(U)))
-    bias, db = (None if y is None else y.float().contiguous() for y in (bias, db))
-    if bias is not None and not softcap and len(bias):
-        # A shift is not felt, and against the largest -1e9 for a masked word takes no digits from the others.
-        bias = bias - bias.amax().clamp(min=torch.finfo(torch.float32).min)
+    bias, db = _shifted(bias, softcap), None if db is None else db.float().contiguous()
     R = None if V is None else V.mT.float().contiguous()
     target = target.contiguous()
     dispatch.compiled().linear_cross_entropy_delta(
@@ -177,6 +175,23 @@ def _run_cpp(x, dx, W, target, base, delta, bias, db, dW, U, V, softcap, ignore_
         *(base.data_ptr(), delta.data_ptr(), delta.stride(0), N, D, len(W), Q),
         *(softcap or 0.0, ignore_index, label_smoothing, torch.get_num_threads()),
     )
+
+
+def _run_triton(x, dx, W, target, base, delta, bias, db, dW, U, V, softcap, ignore_index, label_smoothing):
+    from finf_fast.kernels.linear_cross_entropy_delta import linear_cross_entropy_delta as launch
+
+    check_targets(target, len(W), ignore_index)
+    changes = (_shifted(bias, softcap), db, dW, U, V, softcap, ignore_index, label_smoothing)
+    launch(x, dx, W, target, base, delta, *changes)
+
+
+def _shifted(bias: Tensor | None, softcap: float | None) -> Tensor | None:
+    """The bias in float32. A shift is not felt but by a soft cap, and against the largest -1e9 for a masked word takes
+    no digits from the others."""
+    if bias is None:
+        return None
+    bias = bias.float().contiguous()
+    return bias if softcap else bias - bias.amax().clamp(min=torch.finfo(torch.float32).min)
 
 
 def _rows(y: Tensor | None) -> Tensor | None:
@@ -197,7 +212,7 @@ def _code(y: Tensor | None) -> int:
     return 0 if y is None else CODES[y.dtype]
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 _CHANGES = (
     "Tensor? bias, Tensor? db, Tensor? dW, Tensor? U, Tensor? V, float? softcap, int ignore_index, "

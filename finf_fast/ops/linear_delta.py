@@ -133,7 +133,18 @@ def _run_cpp(stack, W, bias, dW, U, V, db):
     return y
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_triton(stack, W, bias, dW, U, V, db):
+    from finf_fast.kernels import linear_delta as kernel
+
+    y = _allocate(stack, W, bias, dW, U, V, db)
+    if y.numel():
+        dW, db, U = (None if x is None or not x.numel() else x for x in (dW, db, U))
+        factors = None if U is None else (U, V)
+        kernel.linear_delta(stack, W, None if bias is None else bias.contiguous(), dW, factors, db, y)
+    return y
+
+
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
 @register(

@@ -8,7 +8,7 @@ from torch import Tensor
 from finf_fast import reference
 from finf_fast.ops import dispatch
 from finf_fast.ops.border import CODES
-from finf_fast.ops.layer_norm_delta import check_row_norm
+from finf_fast.ops.layer_norm_delta import check_row_norm, rows_of_norm
 from finf_fast.ops.register import register
 from finf_fast.ops.stacks import address, parameter, stack_of_rows, told
 
@@ -71,7 +71,17 @@ def _run_cpp(stack, weight, dweight, residual, eps):
     return out
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_triton(stack, weight, dweight, residual, eps):
+    from finf_fast.kernels import rms_norm_delta as kernel
+
+    out = _allocate(stack, weight, dweight, residual, eps)
+    if stack.numel():
+        x, other, y, total = rows_of_norm(stack, residual, out)
+        kernel.rms_norm_delta(x, other, parameter(weight), parameter(dweight), y, total, eps)
+    return out
+
+
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
 @register(

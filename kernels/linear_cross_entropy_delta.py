@@ -1,0 +1,369 @@
+"""Cross entropy behind a linear layer and its exact changes, on a GPU: logits live in registers, a tile at a time.
+
+With one query the values and changes of a tile are formed in one loop, from one load of W (two accumulators). With more
+the values are formed once and turned into e^(z−m), which stays in registers while query after query forms its changes
+beside it: 1 + Q products in all, the values' never twice, at the price of reading W's tile again, from the second-level
+cache, for each.
+
+Four to six launches: the inner side of a low-rank change; the targets' logits and changes (`head_targets`); sums by row
+and part of the vocabulary (`head_sums`); losses out of them (`head_finish`); and, in case a change was too large for
+those sums, the same walk and finish once more, which end at once for the blocks of rows where none was. Nothing waits
+for the device, and nothing is added up in an order that could vary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from finf_fast.kernels.configurations import (
+    INTERPRETER,
+    OPTIONS,
+    Specimen,
+    architecture,
+    has_descriptors,
+    interpreted,
+    multiprocessors,
+    settings_for,
+)
+from finf_fast.kernels.head_finish import finish_far_kernel, finish_kernel
+from finf_fast.kernels.head_sums import sums_kernel
+from finf_fast.kernels.head_targets import inner_kernel, target_kernel
+
+# Rows of W whose median stands for what all have in common: within an eighth of their spread, and that is enough.
+SAMPLED = 129
+# Rows that a program of the finish takes: one a thread; numbers that one of the targets' adds up at once: four.
+FINISH_ROWS, TARGET_BLOCK = 128, 512
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and columns of a tile of logits, its depth at a time, and how a program of them is launched."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    pair: Tiles  # values and the changes of one query in one loop
+    queries: Tiles  # values, then query after query
+    capped: Tiles  # as `queries`, where a soft cap keeps the raw logits in registers too
+    wide: Tiles  # float32, by multiply-adds
+    rank: int  # of a low-rank change, at a time
+
+
+# Two accumulators of 128×128 are 128 of a thread's 255 registers with 8 warps; a third of that size would not fit.
+# Stages: as many as the shared memory holds, a stage of `pair` being (2·rows + columns)·depth bfloat16.
+_FMA = Tiles(32, 64, 16, 4, 2)  # operands come from shared memory number by number: small, so that registers suffice
+# (x + dx) R of a low-rank change: float32 by multiply-adds everywhere, a hundredth of all work.
+INNER = Tiles(32, 16, 32, 4, 2)
+TABLE = {
+    # Small: the tests' axes are cut in several.
+    INTERPRETER: Settings(*[Tiles(16, 64, 64, 1, 1)] * 4, rank=16),
+    # mma.sync keeps operands in registers as well: 64 columns. 163 KiB: 3 stages of 40 KiB.
+    80: Settings(Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 32, 8, 3), _FMA, rank=16),
+    # As 80 with 99 KiB.
+    89: Settings(Tiles(128, 64, 32, 8, 3), Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 32, 8, 3), _FMA, rank=16),
+    # wgmma reads both operands from shared memory. 227 KiB: 4 stages of 48 KiB, 5 of 32.
+    90: Settings(Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 8, 5), Tiles(128, 64, 64, 8, 4), _FMA, rank=16),
+    # Accumulators lie in tensor memory; loads as on 90.
+    100: Settings(Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 8, 5), Tiles(128, 64, 64, 8, 4), _FMA, rank=16),
+}
+
+
+def linear_cross_entropy_delta(
+    x: Tensor,
+    dx: Tensor | None,
+    W: Tensor,
+    target: Tensor,
+    base: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    db: Tensor | None,
+    dW: Tensor | None,
+    U: Tensor | None,
+    V: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    """Launches it all; see `finf_fast.ops.linear_cross_entropy_delta_out`.
+
+    Shapes as there; x, dx, W float32 or bfloat16, the changes in any dtype. `bias` float32, freed of its largest.
+    """
+    if not len(x):
+        return
+    head = _Head.of(x, dx, W, target, bias, db, dW, U, V, softcap)
+    z_t, d_t = _look_up_targets(head, ignore_index)
+    parts, tiles_a_part = head.parts()
+    Q, N = delta.shape
+    values = x.new_empty((3, parts, N), dtype=torch.float32)
+    changes = x.new_empty((4, parts, Q, N), dtype=torch.float32)
+    far = x.new_empty((Q, N), dtype=torch.int8)
+    smoothing = label_smoothing > 0
+    _walk(head, z_t, d_t, far, values, changes, parts, tiles_a_part, after=False, smoothing=smoothing)
+    sizes, options = (N, len(W), Q, parts), {"SMOOTHING": smoothing, "BLOCK": FINISH_ROWS, **OPTIONS}
+    blocks = triton.cdiv(N, FINISH_ROWS)
+    finish_kernel[(blocks,)](
+        *(head.target, z_t, values, changes, base, delta, far, delta.stride(0)), *sizes, ignore_index, label_smoothing,
+        **options,
+    )  # fmt: skip
+    if Q:
+        afters = x.new_empty((2, parts, Q, N), dtype=torch.float32)
+        _walk(head, z_t, d_t, far, values, afters, parts, tiles_a_part, after=True, smoothing=False)
+        finish_far_kernel[(blocks, Q)](
+            *(z_t, values, changes, afters, delta, far, delta.stride(0)), *sizes, label_smoothing, **options
+        )
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The layer and its rows as the kernels read them: rows without gaps, queries one after another."""
+
+    x: Tensor  # (N, D)
+    dx: Tensor | None  # (Q·N, D)
+    W: Tensor  # (V, D)
+    centre: Tensor | None  # (D), to be taken from every row of W
+    x1: Tensor | None  # (Q·N, D) or, where x does not change, (N, D)
+    dW: Tensor | None  # (Q·V, D)
+    inner: Tensor | None  # (halves, Q, N, r)
+    U: Tensor | None  # (Q, V, r)
+    bias: Tensor | None  # (V) float32
+    db: Tensor | None  # (Q, V) float32
+    target: Tensor
+    softcap: float | None
+    Q: int
+
+    @staticmethod
+    def of(x, dx, W, target, bias, db, dW, U, V, softcap) -> _Head:
+        """Copies only what the kernels cannot read as it lies: gaps inside rows, updates in another type.
+
+        x + dx beside a dense change is rounded to the type of the products, once, as every face does.
+        """
+        Q = next((len(y) for y in (dx, db, dW, U) if y is not None), 0)
+        x1 = None if dW is None else x if dx is None else _flat(x + dx)
+        # Shorter products are exact and take their offset as it comes; a soft cap feels it.
+        centred = x.dtype == torch.float32 and not softcap
+        centre = W[:: -(-len(W) // SAMPLED)].median(0).values.contiguous() if centred else None
+        dx, dW, U = _flat(dx), _flat(_as(dW, x.dtype)), None if U is None else _as(U, x.dtype).contiguous()
+        x, W, x1 = (y if y is None else _flat(y) for y in (x, W, x1))
+        bias, db = (None if y is None else y.float().contiguous() for y in (bias, db))
+        inner = None if V is None else _inner(x, dx, V.float().contiguous())
+        return _Head(x, dx, W, centre, x1, dW, inner, U, bias, db, target.contiguous(), softcap, Q)
+
+    @property
+    def architecture(self) -> int:
+        return architecture(self.x.device)
+
+    @property
+    def paired(self) -> bool:
+        return self.Q == 1 and self.dx is not None
+
+    @property
+    def tiles(self) -> Tiles:
+        settings = settings_for(TABLE, self.architecture)
+        if self.x.dtype == torch.float32:
+            return settings.wide
+        return settings.pair if self.paired else settings.capped if self.softcap else settings.queries
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.inner is None else len(self.inner)
+
+    def parts(self) -> tuple[int, int]:
+        """Parts of the vocabulary and tiles in each: what keeps the multiprocessors busy for the fewest tiles."""
+        blocks, tiles = triton.cdiv(len(self.x), self.tiles.rows), triton.cdiv(len(self.W), self.tiles.columns)
+        return _fewest_steps(blocks, tiles, multiprocessors(self.x.device))
+
+    def descriptors(self) -> bool:
+        """Whether the long matrices can be read through tensor descriptors: multiples of 16 bytes everywhere."""
+        long = [y for y in (self.x, self.dx, self.W, self.x1, self.dW) if y is not None]
+        fits = all(y.numel() and y.data_ptr() % 16 == 0 and y.stride(0) * y.itemsize % 16 == 0 for y in long)
+        return self.x.dtype == torch.bfloat16 and has_descriptors(self.architecture) and fits
+
+
+def _as(y: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if y is None else y.to(dtype)
+
+
+def _flat(y: Tensor | None) -> Tensor | None:
+    """(…, D) as a matrix of rows without gaps, all at one distance; itself where it lies so."""
+    if y is None:
+        return None
+    y = y.reshape(-1, y.shape[-1])
+    return y if y.shape[1] <= 1 or y.stride(1) == 1 else y.contiguous()
+
+
+def _fewest_steps(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
+    """(parts, tiles a part) for which `processors` programs at a time are done after the fewest tiles."""
+    most = min(tiles, max(1, 4 * processors // blocks))  # past four rounds nothing is gained, and partials grow
+    sizes = {triton.cdiv(tiles, parts) for parts in range(1, most + 1)}
+
+    def steps(size: int) -> tuple[int, int]:
+        return triton.cdiv(blocks * triton.cdiv(tiles, size), processors) * size, -size
+
+    size = min(sizes, key=steps)
+    return triton.cdiv(tiles, size), size
+
+
+def _inner(x: Tensor, dx: Tensor | None, R: Tensor) -> Tensor:
+    """(halves, Q, N, r) = (x + dx_q) R_q: for bfloat16 products in two parts, which together hold 16 bits of it."""
+    (Q, D, r), N = R.shape, len(x)
+    inner = x.new_empty((1 if x.dtype == torch.float32 else 2, Q, N, r))
+    if inner.numel():
+        inner_kernel[(triton.cdiv(N, INNER.rows), Q, triton.cdiv(r, INNER.columns))](
+            *(x, dx, R, inner, x.stride(0), 0 if dx is None else dx.stride(0), N, D, Q, r),
+            **{"HALVES": len(inner), "ROWS": INNER.rows, "DEPTH": INNER.depth, "RANK": INNER.columns},
+            **{"num_warps": INNER.num_warps, "num_stages": INNER.num_stages, **OPTIONS},
+        )
+    return inner
+
+
+def _strides(head: _Head) -> tuple[int, ...]:
+    """Distances between rows, and how many rows of x1 lie between two queries'."""
+    x, dx, W, x1, dW = (0 if y is None else y.stride(0) for y in (head.x, head.dx, head.W, head.x1, head.dW))
+    moved = 0 if head.x1 is None or (len(head.x1) == len(head.x) and head.dx is None) else len(head.x)
+    return x, dx, W, x1, moved, dW
+
+
+def _look_up_targets(head: _Head, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Each target's logit (N) in float64, and its changes (Q, N)."""
+    N, D = head.x.shape
+    z_t = head.x.new_empty(N, dtype=torch.float64)
+    d_t = head.x.new_empty((head.Q, N), dtype=torch.float32)
+    rank = 0 if head.U is None else head.U.shape[2]
+    target_kernel[(N,)](
+        *(head.x, head.dx, head.W, head.centre, head.x1, head.dW, head.inner, head.U, head.bias, head.db),
+        *(head.target, z_t, d_t, *_strides(head), N, D, len(head.W), head.Q, rank, head.softcap or 1.0, ignore_index),
+        **{"SOFTCAP": bool(head.softcap), "HALVES": head.halves, "BLOCK": TARGET_BLOCK, **OPTIONS},
+    )
+    return z_t, d_t
+
+
+def _walk(head: _Head, z_t, d_t, far, values, changes, parts, tiles_a_part, *, after: bool, smoothing: bool) -> None:
+    tiles, descriptors, rank = head.tiles, head.descriptors(), settings_for(TABLE, head.architecture).rank
+
+    def long(y: Tensor | None, rows: int):
+        return y if y is None or not descriptors else _descriptor(y, [rows, tiles.depth])
+
+    (N, D), r = head.x.shape, 0 if head.U is None else head.U.shape[2]
+    x, dx, x1 = (long(y, tiles.rows) for y in (head.x, head.dx, head.x1))
+    W, dW = (long(y, tiles.columns) for y in (head.W, head.dW))
+    sums_kernel[(triton.cdiv(N, tiles.rows), parts)](
+        *(x, dx, W, head.centre, x1, dW, head.inner, head.U, head.bias, head.db, head.target, z_t, d_t, far),
+        *(values, changes, *_strides(head), N, D, len(head.W), head.Q, r, tiles_a_part, head.softcap or 1.0),
+        **_constants(tiles, rank, after, head.paired, bool(head.softcap), smoothing, head.halves, descriptors),
+        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **OPTIONS},
+    )
+
+
+def _descriptor(y: Tensor, block: list[int]):
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in the oldest Triton; no GPU that old asks for it
+
+    return TensorDescriptor.from_tensor(y, block)
+
+
+def _constants(tiles: Tiles, rank, after, paired, softcap, smoothing, halves, descriptors) -> dict:
+    flags = {"AFTER": after, "PAIRED": paired, "SOFTCAP": softcap, "SMOOTHING": smoothing, "HALVES": halves}
+    sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "RANK": rank}
+    return {**flags, **sizes, "DESCRIPTORS": descriptors, "INTERPRETED": interpreted()}
+
+
+def specimens(architecture: int) -> list[Specimen]:
+    """Every way in which the kernels are launched that differs in its machine code's shape."""
+    names = ("dx", "dW", "U", "db", "bias")
+    pair = dict.fromkeys(("dx",), True)
+    everything = dict.fromkeys(names, True)
+    walks = [
+        _walk_specimen(architecture, "pair", pair, paired=True),
+        _walk_specimen(architecture, "pair, dense", {"dx": True, "dW": True}, paired=True),
+        _walk_specimen(architecture, "pair, low rank and biases", {**everything, "dW": False}, paired=True),
+        _walk_specimen(architecture, "pair, soft cap and smoothing", pair, paired=True, SOFTCAP=True, SMOOTHING=True),
+        _walk_specimen(architecture, "queries", pair),
+        _walk_specimen(architecture, "queries, low rank and biases", {**everything, "dW": False}),
+        _walk_specimen(architecture, "queries, soft cap", {**everything, "U": False}, SOFTCAP=True),
+        _walk_specimen(architecture, "pair again", pair, paired=True, AFTER=True),
+        _walk_specimen(architecture, "queries again", pair, AFTER=True),
+        _walk_specimen(architecture, "pair without descriptors", pair, paired=True, DESCRIPTORS=False),
+        _walk_specimen(architecture, "float32 pair", pair, kind="fp32", paired=True),
+        _walk_specimen(architecture, "float32 queries", {**everything, "dW": False}, kind="fp32"),
+    ]
+    return [*walks, _target_specimen(), _inner_specimen(), *_finish_specimens()]
+
+
+_LONG = ("X", "DX", "W", "X1", "DW")
+_STRIDES = {f"{name}_stride": "i32" for name in ("x", "dx", "w", "x1", "dw")} | {"x1_rows": "i32"}
+_SIZES = {"N": "i32", "D": "i32", "V": "i32", "Q": "i32"}
+
+
+def _walk_specimen(architecture, name, given, kind="bf16", paired=False, **flags) -> Specimen:
+    settings, wide = settings_for(TABLE, architecture), kind == "fp32"
+    capped = settings.capped if flags.get("SOFTCAP") else settings.queries
+    tiles = settings.wide if wide else settings.pair if paired else capped
+    descriptors = flags.get("DESCRIPTORS", has_descriptors(architecture) and not wide)
+    types = _types(given, kind, None if wide else False)
+    if descriptors:
+        block = {"X": tiles.rows, "DX": tiles.rows, "X1": tiles.rows, "W": tiles.columns, "DW": tiles.columns}
+        types |= {name: f"tensordesc<{kind}[{block[name]},{tiles.depth}]>" for name in _LONG if types[name]}
+    types |= {"FAR": "*i8", "VALUES": "*fp32", "CHANGES": "*fp32"}
+    constants = _constants(tiles, settings.rank, False, paired, False, False, 1 if wide else 2, descriptors) | flags
+    tensor_cores = () if wide else ("HGMMA",) if architecture == 90 else ("HMMA",) if architecture < 90 else ()
+    return _specimen(
+        *(name, sums_kernel, types, {**_STRIDES, **_SIZES, "rank": "i32", "tiles_a_part": "i32", "cap": "fp32"}),
+        *(constants | {"INTERPRETED": False}, tiles.num_warps, tiles.num_stages),
+        unaligned=("N", "V", "Q", "rank", "tiles_a_part", "x1_rows"),
+        instructions=tensor_cores + (("UTMALDG",) if descriptors and architecture == 90 else ()),
+    )
+
+
+def _types(given, kind, centre) -> dict:
+    """Types of the tensors of the head; None for one that is not given."""
+    own, wide = f"*{kind}", "*fp32"
+    types = {"X": own, "DX": given.get("dx") and own, "W": own, "CENTRE": None if centre is False else wide}
+    types |= {"X1": given.get("dW") and own, "DW": given.get("dW") and own}
+    types |= {"INNER": given.get("U") and own, "U": given.get("U") and own}
+    types |= {"BIAS": given.get("bias") and wide, "DB": given.get("db") and wide}
+    return types | {"TARGET": "*i64", "Z_T": "*fp64", "D_T": wide}
+
+
+def _specimen(name, kernel, types, numbers, constants, num_warps=4, num_stages=3, **more) -> Specimen:
+    absent = {argument: None for argument, kind in types.items() if not kind}
+    given = {argument: kind for argument, kind in types.items() if kind}
+    return Specimen(name, kernel, given | numbers, absent | constants, num_warps, num_stages, **more)
+
+
+def _target_specimen() -> Specimen:
+    given = dict.fromkeys(("dx", "U", "db", "bias"), True)
+    numbers = {**_STRIDES, **_SIZES, "rank": "i32", "cap": "fp32", "ignore_index": "i32"}
+    constants = {"SOFTCAP": True, "HALVES": 2, "BLOCK": TARGET_BLOCK}
+    unaligned = ("N", "V", "Q", "rank", "x1_rows", "ignore_index")
+    return _specimen("targets", target_kernel, _types(given, "bf16", False), numbers, constants, unaligned=unaligned)
+
+
+def _inner_specimen() -> Specimen:
+    types = {"X": "*bf16", "DX": "*bf16", "R": "*fp32", "INNER": "*bf16"}
+    numbers = {"x_stride": "i32", "dx_stride": "i32", "N": "i32", "D": "i32", "Q": "i32", "rank": "i32"}
+    constants = {"HALVES": 2, "ROWS": INNER.rows, "DEPTH": INNER.depth, "RANK": INNER.columns}
+    sizes = (INNER.num_warps, INNER.num_stages)
+    return _specimen("inner side", inner_kernel, types, numbers, constants, *sizes, unaligned=("N", "Q", "rank"))
+
+
+def _finish_specimens() -> list[Specimen]:
+    sums = {"Z_T": "*fp64", "VALUES": "*fp32", "CHANGES": "*fp32", "DELTA": "*fp32", "FAR": "*i8"}
+    numbers = {"delta_stride": "i32", "N": "i32", "V": "i32", "Q": "i32", "parts": "i32", "epsilon": "fp32"}
+    constants = {"SMOOTHING": True, "BLOCK": FINISH_ROWS}
+    first, unaligned = {"TARGET": "*i64", "BASE": "*fp32"}, ("N", "V", "Q", "parts", "delta_stride")
+    whole = {**numbers, "ignore_index": "i32"}
+    return [
+        _specimen("finish", finish_kernel, sums | first, whole, constants, unaligned=(*unaligned, "ignore_index")),
+        _specimen(
+            "finish again", finish_far_kernel, sums | {"AFTERS": "*fp32"}, numbers, constants, unaligned=unaligned
+        ),
+    ]

@@ -1,0 +1,233 @@
+"""A linear layer on stacks (value, changes), where input, weight and bias may all have changed.
+
+One product: a program takes a block of rows of one query and a block of columns, multiplies with the shared weight,
+and adds what the changed weight brings before anything is rounded or stored:
+
+    y[0] = x0 Wᵀ + bias        y[1+q] = d_q Wᵀ + (x0 + d_q) dW_qᵀ + db_q
+
+with dW_q dense, or U_q V_qᵀ: then a skinny product before it leaves (x0 + d_q) V_q, rounded to the stack's type, and
+the other half is r more columns of depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, settings_for
+from finf_fast.kernels.numerics import product, rounded
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth that a program holds at a time, and its warps and stages of loads."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    short: Tile  # bfloat16
+    long: Tile  # float32, by multiply-adds: tensor cores would shorten its numbers
+
+
+# bfloat16: 128 x 256 accumulators take half of a multiprocessor's registers, and three stages of 48 KiB its memory;
+# where there is less of it, 128 x 128. Rows of blocks taken together share their columns in the second-level cache.
+_PLAIN = Tile(64, 64, 16, 4, 2)
+TILES = {
+    INTERPRETER: Tiles(Tile(32, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1)),
+    80: Tiles(Tile(128, 128, 32, 4, 4), _PLAIN),
+    89: Tiles(Tile(128, 128, 32, 4, 3), _PLAIN),
+    90: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
+    100: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
+}
+TOGETHER = tl.constexpr(8)
+
+
+@triton.jit
+def _tile(A, row_stride, stride, rows, columns, row_end, end):
+    """Numbers (rows, columns) of a matrix, zeros from its ends on."""
+    inside = (rows < row_end)[:, None] & (columns < end)[None, :]
+    at = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * stride
+    return tl.load(A + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _inner_kernel(
+    X, FACTOR, INNER, x_q, x_n, x_d, f_q, f_d, f_r, N, D, R,
+    X_MOVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(x0 + d_q) V_q, as two products: the changed input is never rounded."""
+    TYPE: tl.constexpr = X.dtype.element_ty
+    q = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    columns = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    FACTOR += q * f_q
+    for k in range(0, D, BLOCK_K):
+        depth = k + tl.arange(0, BLOCK_K)
+        v = rounded(_tile(FACTOR, f_d, f_r, depth, columns, D, R).to(tl.float32), TYPE)
+        total = product(_tile(X, x_n, x_d, rows, depth, N, D), v, total)
+        if X_MOVES:
+            total = product(_tile(X + (1 + q) * x_q, x_n, x_d, rows, depth, N, D), v, total)
+    at = (q * N + rows)[:, None] * R + columns[None, :]
+    tl.store(INNER + at, rounded(total, TYPE), mask=(rows < N)[:, None] & (columns < R)[None, :])
+
+
+@triton.jit
+def _block(pid, row_blocks, column_blocks):
+    """Which block a program takes: columns one after another for some rows of blocks together."""
+    size = TOGETHER * column_blocks
+    first = pid // size * TOGETHER
+    together = min(row_blocks - first, TOGETHER)
+    return first + pid % size % together, pid % size // together
+
+
+@triton.jit
+def _linear_delta_kernel(
+    X, W, BIAS, DW, INNER, FACTOR, DB, Y,
+    x_q, x_n, x_d, w_e, w_d, dw_q, dw_e, dw_d, f_q, f_e, f_r, db_q, db_e, N, D, E, R, CHANGES,
+    X_MOVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    TYPE: tl.constexpr = X.dtype.element_ty
+    blocks = tl.cdiv(N, BLOCK_M)
+    row_block, column_block = _block(tl.program_id(0), (1 + CHANGES) * blocks, tl.cdiv(E, BLOCK_N))
+    q = (row_block // blocks).to(tl.int64)
+    rows = row_block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    moved = q > 0
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    shared = D if X_MOVES else tl.where(moved, 0, D)
+    for k in range(0, shared, BLOCK_K):
+        depth = k + tl.arange(0, BLOCK_K)
+        x = _tile(X + q * x_q, x_n, x_d, rows, depth, N, D)
+        total = product(x, tl.trans(_tile(W, w_e, w_d, columns, depth, E, D)), total)
+    if INNER is not None:
+        INNER += (q - 1) * N * R
+        FACTOR += (q - 1) * f_q
+        for k in range(0, tl.where(moved, R, 0), BLOCK_K):
+            depth = k + tl.arange(0, BLOCK_K)
+            u = rounded(_tile(FACTOR, f_e, f_r, columns, depth, E, R).to(tl.float32), TYPE)
+            total = product(_tile(INNER, R, 1, rows, depth, N, R), tl.trans(u), total)
+    if DW is not None:
+        DW += (q - 1) * dw_q
+        for k in range(0, tl.where(moved, D, 0), BLOCK_K):
+            depth = k + tl.arange(0, BLOCK_K)
+            x1 = _tile(X, x_n, x_d, rows, depth, N, D)
+            if X_MOVES:
+                d = _tile(X + q * x_q, x_n, x_d, rows, depth, N, D)
+                x1 = rounded(x1.to(tl.float32) + d.to(tl.float32), TYPE)
+            dw = rounded(_tile(DW, dw_e, dw_d, columns, depth, E, D).to(tl.float32), TYPE)
+            total = product(x1, tl.trans(dw), total)
+    if BIAS is not None:
+        bias = tl.load(BIAS + columns, mask=columns < E, other=0.0).to(tl.float32)
+        total += tl.where(moved, 0.0, bias)[None, :]
+    if DB is not None:
+        db = tl.load(DB + tl.maximum(q - 1, 0) * db_q + columns * db_e, mask=columns < E, other=0.0).to(tl.float32)
+        total += tl.where(moved, db, 0.0)[None, :]
+    at = (q * N + rows)[:, None] * E + columns[None, :]
+    tl.store(Y + at, rounded(total, TYPE), mask=(rows < N)[:, None] & (columns < E)[None, :])
+
+
+def linear_delta(
+    stack: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    dW: Tensor | None,
+    factors: tuple[Tensor, Tensor] | None,
+    db: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Fill `y` (1+Q, N, D'), contiguous. As `finf_fast.ops.linear_delta`; of any strides, float32 or bfloat16.
+
+    The changes may have other types and are rounded on their way; `bias` is contiguous.
+    """
+    (_, N, D), E, Q = stack.shape, len(W), len(y) - 1
+    found = settings_for(TILES, architecture(stack.device))
+    tile = found.short if stack.dtype == torch.bfloat16 else found.long
+    U, inner = (None, None) if factors is None else (factors[0], _inner(stack, factors[1], tile))
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS}
+    _linear_delta_kernel[((1 + Q) * triton.cdiv(N, tile.BLOCK_M) * triton.cdiv(E, tile.BLOCK_N),)](
+        *(stack, W, bias, dW, inner, U, db, y, *stack.stride(), *W.stride()),
+        *(*_strides(dW, 3), *_strides(U, 3), *_strides(db, 2), N, D, E, 0 if inner is None else inner.shape[2], Q),
+        X_MOVES=len(stack) > 1,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_K=tile.BLOCK_K,
+        **launch,
+    )
+
+
+def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if x is None else x.stride()
+
+
+# Columns of a change's rank taken at a time; most updates have 16 or 32.
+RANK = 32
+
+
+def _inner(stack: Tensor, V: Tensor, tile: Tile) -> Tensor:
+    """(x0 + d_q) V_q: (Q, N, r)."""
+    (Q, D, R), N = V.shape, stack.shape[1]
+    inner = stack.new_empty(Q, N, R)
+    grid = (triton.cdiv(N, tile.BLOCK_M), Q, triton.cdiv(R, RANK))
+    _inner_kernel[grid](
+        *(stack, V, inner, *stack.stride(), *V.stride(), N, D, R),
+        X_MOVES=len(stack) > 1,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=RANK,
+        BLOCK_K=tile.BLOCK_K,
+        num_warps=4,
+        num_stages=tile.num_stages,
+        **OPTIONS,
+    )
+    return inner
+
+
+def specimens(architecture: int) -> list[Specimen]:
+    """The layer with a low-rank, a dense and no change of its weight, in both types, and the skinny product."""
+    found = settings_for(TILES, architecture)
+    matrix = ("HGMMA",) if architecture == 90 else ("HMMA",)
+    both = (("bf16", found.short, matrix), ("fp32", found.long, ()))
+    forms = {"": (), "low rank": ("INNER", "FACTOR"), "dense": ("DW",)}
+    layers = [_specimen(kind, tile, seen, name, given) for kind, tile, seen in both for name, given in forms.items()]
+    return layers + [_inner_specimen(kind, tile, seen) for kind, tile, seen in both]
+
+
+def _specimen(kind: str, tile: Tile, seen: tuple[str, ...], name: str, given: tuple[str, ...]) -> Specimen:
+    absent = {"DW", "INNER", "FACTOR"} - set(given)
+    tensors = dict.fromkeys([x for x in ("X", "W", "BIAS", "DB", "Y", *given) if x not in absent], f"*{kind}")
+    strides = ["x_q", "x_n", "w_e", "dw_q", "dw_e", "f_q", "f_e", "db_q", "N", "D", "E", "R", "CHANGES"]
+    shape = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K}
+    return Specimen(
+        f"{kind} {name}".strip(),
+        _linear_delta_kernel,
+        tensors | dict.fromkeys(strides, "i32"),
+        {**dict.fromkeys(absent), **dict.fromkeys(["x_d", "w_d", "dw_d", "f_r", "db_e"], 1), "X_MOVES": True, **shape},
+        tile.num_warps,
+        tile.num_stages,
+        unaligned=("CHANGES",),
+        instructions=seen,
+    )
+
+
+def _inner_specimen(kind: str, tile: Tile, seen: tuple[str, ...]) -> Specimen:
+    shape = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": RANK, "BLOCK_K": tile.BLOCK_K}
+    return Specimen(
+        f"{kind} inner",
+        _inner_kernel,
+        dict.fromkeys(["X", "FACTOR", "INNER"], f"*{kind}")
+        | dict.fromkeys(["x_q", "x_n", "f_q", "f_d", "N", "D", "R"], "i32"),
+        {"x_d": 1, "f_r": 1, "X_MOVES": True, **shape},
+        4,
+        tile.num_stages,
+        instructions=seen,
+    )

@@ -1,0 +1,68 @@
+"""Every Triton kernel compiled for GPUs that are not there: nothing spilt, within their memory, on their tensor cores.
+
+What a compiler can show; that the numbers are right is shown by the operations' tests under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+import ahead
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+# The two that are to be run; the tables' other rows differ from them in numbers only.
+ARCHITECTURES = (80, 90)
+
+pytestmark = [
+    pytest.mark.prove,  # Triton is a large download: `make prove` installs it
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, there is no compiler"
+    ),
+]
+
+
+def files_with_specimens() -> list[str]:
+    return [path.stem for path in sorted(KERNELS.glob("*.py")) if "\ndef specimens(" in path.read_text()]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file", files_with_specimens())
+def test_compiles_within_its_limits(file, architecture, capsys):
+    pytest.importorskip("triton")
+    from finf_fast.kernels.configurations import SHARED_MEMORY
+
+    module, failures = importlib.import_module(f"finf_fast.kernels.{file}"), []
+    for specimen in module.specimens(architecture):
+        built = ahead.compile_for(architecture, specimen)
+        with capsys.disabled():
+            print(f"\nsm_{architecture} {file} {specimen.name}: {built}", end="")
+        missing = [name for name in specimen.instructions if not built.count(name)]
+        if built.stack or built.spills or missing or built.shared > SHARED_MEMORY[architecture]:
+            failures.append(f"{specimen.name}: {built}, without {missing}")
+    assert not failures
+
+
+def test_the_harness_sees_spills_stack_and_tensor_cores():
+    """A kernel that must spill is caught, and one that cannot is not."""
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+
+    from finf_fast.kernels.configurations import Specimen
+
+    @triton.jit
+    def crowded(X, Y, SIZE: tl.constexpr):
+        offs = tl.arange(0, SIZE)
+        x = tl.load(X + offs)
+        tl.store(Y + offs, tl.cumsum(x) * x)
+
+    def built(**options):
+        signature = {"X": "*fp32", "Y": "*fp32"}
+        return ahead.compile_for(90, Specimen("crowded", crowded, signature, {"SIZE": 4096}, 1, 1, options=options))
+
+    assert built().stack == built().spills == 0
+    assert built(maxnreg=40).spills > 0
+    assert built().count("HGMMA") == 0
