@@ -13,7 +13,7 @@
 namespace finf {
 namespace {
 
-// A packed panel takes half of a second-level cache of 1 MiB; its row of sums fits the first-level cache.
+// A packed panel takes four fifths of a second-level cache of 1 MiB; its row of sums fits the first-level cache.
 constexpr int64_t PANEL_BYTES = 832 << 10, MOST_COLUMNS = 384;
 // Rows, of values and of changes, that share a packed panel: packing then costs a hundredth of multiplying. Of a
 // query's own panel, which so many positions share, a twentieth.
