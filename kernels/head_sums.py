@@ -148,10 +148,10 @@ def _sums(d, e, AFTER: tl.constexpr, SMOOTHING: tl.constexpr):
         b = tl.sum(tl.exp(y - a[:, None]), 1)
         c = moves
     else:
-        c = tl.max(d, 1)
         grown = tl.exp(d)
-        b = tl.sum(e * grown, 1)
         a = tl.sum(e * expm1_beside(d, grown), 1)
+        b = tl.sum(e * grown, 1)
+        c = tl.max(d, 1)
     return a, b, c, moves
 
 

@@ -13,6 +13,7 @@ for the device, and nothing is added up in an order that could vary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ class Tiles:
 class Settings:
     pair: Tiles  # values and the changes of one query in one loop, and nothing beside
     queries: Tiles  # values, then query after query
-    narrow: Tiles  # all that keeps more in registers: biases, soft cap, smoothing, a changed weight beside a pair
+    narrow: Tiles  # all that keeps more in registers: biases, a changed weight, soft cap, smoothing
     wide: Tiles  # float32
     rank: int  # of a low-rank change, at a time
 
@@ -171,7 +172,7 @@ class _Head:
     @property
     def tiles(self) -> Tiles:
         beside = [self.bias, self.db, self.dW, self.U]
-        plain = not self.paired or ((self.descriptors or self.architecture < 90) and all(y is None for y in beside))
+        plain = (self.descriptors or self.architecture < 90) and all(y is None for y in beside)
         return _choose(
             settings_for(TABLE, self.architecture),
             *(self.x.dtype == torch.float32, self.paired, plain and not self.softcap and not self.smoothing),
@@ -211,7 +212,7 @@ def _flat(y: Tensor | None) -> Tensor | None:
     """(…, D) as a matrix of rows without gaps, all at one distance; itself where it lies so."""
     if y is None:
         return None
-    y = y.reshape(-1, y.shape[-1])
+    y = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])  # not -1: D may be 0
     return y if y.shape[1] <= 1 or y.stride(1) == 1 else y.contiguous()
 
 
@@ -321,7 +322,7 @@ def _walk_specimen(architecture, name, given, kind="bf16", paired=False, **flags
     settings, wide = settings_for(TABLE, architecture), kind == "fp32"
     descriptors = flags.get("DESCRIPTORS", has_descriptors(architecture) and not wide)
     alone = (descriptors or architecture < 90) and given.keys() == {"dx"}
-    tiles = _choose(settings, wide, paired, (not paired or alone) and not {"SOFTCAP", "SMOOTHING"} & flags.keys())
+    tiles = _choose(settings, wide, paired, alone and not {"SOFTCAP", "SMOOTHING"} & flags.keys())
     types = _types(given, kind, None if wide else False)
     if descriptors:
         block = {"X": tiles.rows, "DX": tiles.rows, "X1": tiles.rows, "W": tiles.columns, "DW": tiles.columns}
