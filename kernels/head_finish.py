@@ -72,21 +72,20 @@ def finish_far_kernel(
     q = tl.program_id(1).to(tl.int64)
     at = q * N + rows
     far = (tl.load(FAR + at, mask=rows < N, other=0) != 0) & (rows < N)
-    if tl.max(far.to(tl.int32), 0) > 0:
-        z_t = tl.load(Z_T + rows, mask=far, other=0.0)
-        m, rest = _joined(VALUES, z_t, rows, far, N, parts)
-        slot = tl.cast(parts, tl.int64) * Q * N
-        top = _top(AFTERS, at, far, tl.cast(Q, tl.int64) * N, parts)
-        total = tl.zeros((BLOCK,), tl.float64)
-        for p in range(0, parts):
-            offs = tl.cast(p, tl.int64) * Q * N + at
-            one = tl.load(AFTERS + slot + offs, mask=far, other=0.0).to(tl.float64)
-            total += one * tl.exp(tl.load(AFTERS + offs, mask=far, other=0.0).to(tl.float64) - top)
-        delta = large_change(tl.log(rest) + (m - z_t), tl.log(total) + top)
-        if SMOOTHING:
-            moves = _sum(CHANGES + 3 * slot, at, far, tl.cast(Q, tl.int64) * N, parts)
-            delta += smoothing_term(tl.cast(epsilon, tl.float64), moves / V)
-        tl.store(DELTA + q * delta_stride + rows, delta.to(tl.float32), mask=far)
+    z_t = tl.load(Z_T + rows, mask=far, other=0.0)
+    m, rest = _joined(VALUES, z_t, rows, far, N, parts)
+    slot = tl.cast(parts, tl.int64) * Q * N
+    top = _top(AFTERS, at, far, tl.cast(Q, tl.int64) * N, parts)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for p in range(0, parts):
+        offs = tl.cast(p, tl.int64) * Q * N + at
+        one = tl.load(AFTERS + slot + offs, mask=far, other=0.0).to(tl.float64)
+        total += one * tl.exp(tl.load(AFTERS + offs, mask=far, other=0.0).to(tl.float64) - top)
+    delta = large_change(tl.log(rest) + (m - z_t), tl.log(total) + top)
+    if SMOOTHING:
+        moves = _sum(CHANGES + 3 * slot, at, far, tl.cast(Q, tl.int64) * N, parts)
+        delta += smoothing_term(tl.cast(epsilon, tl.float64), moves / V)
+    tl.store(DELTA + q * delta_stride + rows, delta.to(tl.float32), mask=far)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ from finf_fast.kernels.numerics import expm1_beside, softcap, softcap_change
 from finf_fast.kernels.tiles import add_product, paired_product
 
 LOWEST = tl.constexpr(-3.4e38)  # below every logit, and no infinity: a difference from it is no NaN
+# In the place of e^(z−m): a column that counts for nothing, 1e-10 of any sum that is used. A mask kept beside e would
+# take as many registers again.
+ASIDE = tl.constexpr(-1e-37)
 
 
 @triton.jit
@@ -53,7 +56,7 @@ def sums_kernel(
             z += tl.load(BIAS + columns, mask=columns < V, other=0.0)[None, :]
         if PAIRED:
             d = _moves(
-                d, z, aside, 0, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank,
+                d, z, 0, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank,
                 cap, SOFTCAP, HALVES, DESCRIPTORS, INTERPRETED, ROWS, COLUMNS, DEPTH, RANK,
             )  # fmt: skip
         y = softcap(cap, z) if SOFTCAP else z
@@ -66,8 +69,10 @@ def sums_kernel(
             top = tl.maximum(m, tl.max(y, 1))
             rescale, e, m = tl.exp(m - top), tl.exp(y - top[:, None]), top
             rest = rest * rescale + tl.sum(e, 1)
+            e = tl.where(aside, ASIDE, e)
         if PAIRED:
-            a, b, c, moves = _fold(d, e, rescale, a, b, c, moves, AFTER, SMOOTHING)
+            a1, b1, c1, moves1 = _sums(d, e, AFTER, SMOOTHING)
+            a, b, c, moves = _join(a, b, c, moves, a1, b1, c1, moves1, rescale, AFTER)
         else:
             for q in range(0, Q):
                 d = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -77,14 +82,15 @@ def sums_kernel(
                         ROWS, COLUMNS, DEPTH, DESCRIPTORS, INTERPRETED,
                     )  # fmt: skip
                 d = _moves(
-                    d, z, aside, q, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q,
+                    d, z, q, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q,
                     rank, cap, SOFTCAP, HALVES, DESCRIPTORS, INTERPRETED, ROWS, COLUMNS, DEPTH, RANK,
                 )  # fmt: skip
-                a, b, c, moves = _start(AFTER, ROWS)
+                # Only now, that they hold no registers while the tile's are added up.
+                a1, b1, c1, moves1 = _sums(d, e, AFTER, SMOOTHING)
                 if j > first:
-                    a, b, c, moves = _load(CHANGES, part, q, rows, inside, parts, N, Q, AFTER, SMOOTHING)
-                a, b, c, moves = _fold(d, e, rescale, a, b, c, moves, AFTER, SMOOTHING)
-                _store(CHANGES, a, b, c, moves, part, q, rows, inside, parts, N, Q, AFTER, SMOOTHING)
+                    a0, b0, c0, moves0 = _load(CHANGES, part, q, rows, inside, parts, N, Q, AFTER, SMOOTHING)
+                    a1, b1, c1, moves1 = _join(a0, b0, c0, moves0, a1, b1, c1, moves1, rescale, AFTER)
+                _store(CHANGES, a1, b1, c1, moves1, part, q, rows, inside, parts, N, Q, AFTER, SMOOTHING)
             tl.debug_barrier()  # what is stored here other threads of the row may load beside the next tile
     if PAIRED:
         _store(CHANGES, a, b, c, moves, part, 0, rows, inside, parts, N, Q, AFTER, SMOOTHING)
@@ -98,11 +104,11 @@ def sums_kernel(
 
 @triton.jit
 def _moves(
-    d, z, aside, q, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank, cap,
+    d, z, q, row, start, X1, DW, INNER, U, DB, D_T, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank, cap,
     SOFTCAP: tl.constexpr, HALVES: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """d_v − d_t of a tile from dx Wᵀ in `d` and the raw logits in `z`; 0 where `aside`."""
+    """d_v − d_t of a tile from dx Wᵀ in `d` and the raw logits in `z`."""
     rows, columns = row + tl.arange(0, ROWS), start + tl.arange(0, COLUMNS)
     if DW is not None:
         d = add_product(
@@ -122,7 +128,7 @@ def _moves(
     if SOFTCAP:
         d = softcap_change(cap, z, d)
     d_t = tl.load(D_T + wide_q * N + rows, mask=rows < N, other=0.0)
-    return tl.where(aside, 0.0, d - d_t[:, None])
+    return d - d_t[:, None]
 
 
 @triton.jit
@@ -132,22 +138,34 @@ def _start(AFTER: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _fold(d, e, rescale, a, b, c, moves, AFTER: tl.constexpr, SMOOTHING: tl.constexpr):
-    """A tile's t = d into a query's sums: Σ e·expm1(t), Σ e·e^t, the largest t; AFTER, where e is z − z_t, into the
-    largest z − z_t + t and Σ e^(z − z_t + t) from there."""
+def _sums(d, e, AFTER: tl.constexpr, SMOOTHING: tl.constexpr):
+    """Of a tile's t = d: Σ e·expm1(t), Σ e·e^t, the largest t and Σ t; AFTER, where e is z − z_t: the largest
+    z − z_t + t and Σ e^(z − z_t + t) from there."""
+    d = tl.where((e == float("-inf")) if AFTER else (e == ASIDE), 0.0, d)
+    moves = tl.sum(d, 1) if SMOOTHING else tl.zeros((d.shape[0],), tl.float32)
     if AFTER:
         y = e + d
-        top = tl.maximum(a, tl.max(y, 1))
-        b = b * tl.exp(a - top) + tl.sum(tl.exp(y - top[:, None]), 1)
-        a = top
+        a = tl.maximum(tl.max(y, 1), LOWEST)
+        b = tl.sum(tl.exp(y - a[:, None]), 1)
+        c = moves
     else:
         grown = tl.exp(d)
-        a = a * rescale + tl.sum(e * expm1_beside(d, grown), 1)
-        b = b * rescale + tl.sum(e * grown, 1)
-        c = tl.maximum(c, tl.max(d, 1))
-        if SMOOTHING:
-            moves += tl.sum(d, 1)
+        a = tl.sum(e * expm1_beside(d, grown), 1)
+        b = tl.sum(e * grown, 1)
+        c = tl.max(d, 1)
     return a, b, c, moves
+
+
+@triton.jit
+def _join(a, b, c, moves, more_a, more_b, more_c, more_moves, rescale, AFTER: tl.constexpr):
+    """Sums so far and those of one more tile, which has brought the logits' maximum up by `rescale`."""
+    if AFTER:
+        top = tl.maximum(a, more_a)
+        b = b * tl.exp(a - top) + more_b * tl.exp(more_a - top)
+        a = top
+    else:
+        a, b, c = a * rescale + more_a, b * rescale + more_b, tl.maximum(c, more_c)
+    return a, b, c, moves + more_moves
 
 
 @triton.jit

@@ -13,6 +13,7 @@ for the device, and nothing is added up in an order that could vary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,28 +53,30 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Settings:
-    pair: Tiles  # values and the changes of one query in one loop
+    pair: Tiles  # values and the changes of one query in one loop, and nothing beside
     queries: Tiles  # values, then query after query
-    capped: Tiles  # as `queries`, where a soft cap keeps the raw logits in registers too
-    wide: Tiles  # float32, by multiply-adds
+    narrow: Tiles  # all that keeps more in registers: biases, a changed weight, soft cap, smoothing
+    wide: Tiles  # float32
     rank: int  # of a low-rank change, at a time
 
 
-# Two accumulators of 128×128 are 128 of a thread's 255 registers with 8 warps; a third of that size would not fit.
-# Stages: as many as the shared memory holds, a stage of `pair` being (2·rows + columns)·depth bfloat16.
-_FMA = Tiles(32, 64, 16, 4, 2)  # operands come from shared memory number by number: small, so that registers suffice
-# (x + dx) R of a low-rank change: float32 by multiply-adds everywhere, a hundredth of all work.
+# Two accumulators of 128×128, or one and the e^(z−m) of as many, are 128 of a thread's 255 registers with 8 warps. What
+# comes beside them in `narrow` is spilt there, as compiling ahead of time shows, and is not with half as many columns.
+# Stages are as many as shared memory holds: one is (2·rows + columns)·depth bfloat16 of a pair.
+# float32 goes by multiply-adds, whose operands lie in registers: 32 × 32, and 8 warps to a few numbers each.
+_FMA = Tiles(32, 32, 16, 8, 2)
+# (x + dx) R of a low-rank change: float32 too, a hundredth of all work.
 INNER = Tiles(32, 16, 32, 4, 2)
 TABLE = {
     # Small: the tests' axes are cut in several.
     INTERPRETER: Settings(*[Tiles(16, 64, 64, 1, 1)] * 4, rank=16),
-    # mma.sync keeps operands in registers as well: 64 columns. 163 KiB: 3 stages of 40 KiB.
-    80: Settings(Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 32, 8, 3), _FMA, rank=16),
+    # mma.sync has its operands in registers as well: half as many columns as on 90. 163 KiB.
+    80: Settings(Tiles(128, 64, 32, 8, 4), Tiles(128, 64, 32, 8, 4), Tiles(128, 32, 64, 8, 3), _FMA, rank=16),
     # As 80 with 99 KiB.
-    89: Settings(Tiles(128, 64, 32, 8, 3), Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 32, 8, 3), _FMA, rank=16),
+    89: Settings(Tiles(128, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 4), Tiles(128, 32, 32, 8, 3), _FMA, rank=16),
     # wgmma reads both operands from shared memory. 227 KiB: 4 stages of 48 KiB, 5 of 32.
     90: Settings(Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 8, 5), Tiles(128, 64, 64, 8, 4), _FMA, rank=16),
-    # Accumulators lie in tensor memory; loads as on 90.
+    # As 90 until one has been measured: accumulators could lie in tensor memory and be larger.
     100: Settings(Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 8, 5), Tiles(128, 64, 64, 8, 4), _FMA, rank=16),
 }
 
@@ -100,14 +103,14 @@ def linear_cross_entropy_delta(
     """
     if not len(x):
         return
-    head = _Head.of(x, dx, W, target, bias, db, dW, U, V, softcap)
+    smoothing = label_smoothing > 0
+    head = _Head.of(x, dx, W, target, bias, db, dW, U, V, softcap, smoothing)
     z_t, d_t = _look_up_targets(head, ignore_index)
     parts, tiles_a_part = head.parts()
     Q, N = delta.shape
     values = x.new_empty((3, parts, N), dtype=torch.float32)
     changes = x.new_empty((4, parts, Q, N), dtype=torch.float32)
     far = x.new_empty((Q, N), dtype=torch.int8)
-    smoothing = label_smoothing > 0
     _walk(head, z_t, d_t, far, values, changes, parts, tiles_a_part, after=False, smoothing=smoothing)
     sizes, options = (N, len(W), Q, parts), {"SMOOTHING": smoothing, "BLOCK": FINISH_ROWS, **OPTIONS}
     blocks = triton.cdiv(N, FINISH_ROWS)
@@ -139,10 +142,11 @@ class _Head:
     db: Tensor | None  # (Q, V) float32
     target: Tensor
     softcap: float | None
+    smoothing: bool
     Q: int
 
     @staticmethod
-    def of(x, dx, W, target, bias, db, dW, U, V, softcap) -> _Head:
+    def of(x, dx, W, target, bias, db, dW, U, V, softcap, smoothing) -> _Head:
         """Copies only what the kernels cannot read as it lies: gaps inside rows, updates in another type.
 
         x + dx beside a dense change is rounded to the type of the products, once, as every face does.
@@ -156,7 +160,7 @@ class _Head:
         x, W, x1 = (y if y is None else _flat(y) for y in (x, W, x1))
         bias, db = (None if y is None else y.float().contiguous() for y in (bias, db))
         inner = None if V is None else _inner(x, dx, V.float().contiguous())
-        return _Head(x, dx, W, centre, x1, dW, inner, U, bias, db, target.contiguous(), softcap, Q)
+        return _Head(x, dx, W, centre, x1, dW, inner, U, bias, db, target.contiguous(), softcap, smoothing, Q)
 
     @property
     def architecture(self) -> int:
@@ -168,10 +172,12 @@ class _Head:
 
     @property
     def tiles(self) -> Tiles:
-        settings = settings_for(TABLE, self.architecture)
-        if self.x.dtype == torch.float32:
-            return settings.wide
-        return settings.pair if self.paired else settings.capped if self.softcap else settings.queries
+        beside = [self.bias, self.db, self.dW, self.U]
+        plain = (self.descriptors or self.architecture < 90) and all(y is None for y in beside)
+        return _choose(
+            settings_for(TABLE, self.architecture),
+            *(self.x.dtype == torch.float32, self.paired, plain and not self.softcap and not self.smoothing),
+        )
 
     @property
     def halves(self) -> int:
@@ -182,11 +188,21 @@ class _Head:
         blocks, tiles = triton.cdiv(len(self.x), self.tiles.rows), triton.cdiv(len(self.W), self.tiles.columns)
         return _fewest_steps(blocks, tiles, multiprocessors(self.x.device))
 
+    @property
     def descriptors(self) -> bool:
         """Whether the long matrices can be read through tensor descriptors: multiples of 16 bytes everywhere."""
         long = [y for y in (self.x, self.dx, self.W, self.x1, self.dW) if y is not None]
         fits = all(y.numel() and y.data_ptr() % 16 == 0 and y.stride(0) * y.itemsize % 16 == 0 for y in long)
         return self.x.dtype == torch.bfloat16 and has_descriptors(self.architecture) and fits
+
+
+def _choose(settings: Settings, float32: bool, paired: bool, plain: bool) -> Tiles:
+    """`plain`: without what the tiles of `narrow` are there for."""
+    if float32:
+        return settings.wide
+    if not plain:
+        return settings.narrow
+    return settings.pair if paired else settings.queries
 
 
 def _as(y: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -197,7 +213,7 @@ def _flat(y: Tensor | None) -> Tensor | None:
     """(…, D) as a matrix of rows without gaps, all at one distance; itself where it lies so."""
     if y is None:
         return None
-    y = y.reshape(-1, y.shape[-1])
+    y = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])  # not -1: D may be 0
     return y if y.shape[1] <= 1 or y.stride(1) == 1 else y.contiguous()
 
 
@@ -248,7 +264,7 @@ def _look_up_targets(head: _Head, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def _walk(head: _Head, z_t, d_t, far, values, changes, parts, tiles_a_part, *, after: bool, smoothing: bool) -> None:
-    tiles, descriptors, rank = head.tiles, head.descriptors(), settings_for(TABLE, head.architecture).rank
+    tiles, descriptors, rank = head.tiles, head.descriptors, settings_for(TABLE, head.architecture).rank
 
     def long(y: Tensor | None, rows: int):
         return y if y is None or not descriptors else _descriptor(y, [rows, tiles.depth])
@@ -277,16 +293,16 @@ def _constants(tiles: Tiles, rank, after, paired, softcap, smoothing, halves, de
 
 
 def specimens(architecture: int) -> list[Specimen]:
-    """Every way in which the kernels are launched that differs in its machine code's shape."""
-    names = ("dx", "dW", "U", "db", "bias")
-    pair = dict.fromkeys(("dx",), True)
-    everything = dict.fromkeys(names, True)
+    """What is launched, of each kind the one that needs most."""
+    pair = {"dx": True}
+    everything = dict.fromkeys(("dx", "dW", "U", "db", "bias"), True)
     walks = [
         _walk_specimen(architecture, "pair", pair, paired=True),
         _walk_specimen(architecture, "pair, dense", {"dx": True, "dW": True}, paired=True),
         _walk_specimen(architecture, "pair, low rank and biases", {**everything, "dW": False}, paired=True),
         _walk_specimen(architecture, "pair, soft cap and smoothing", pair, paired=True, SOFTCAP=True, SMOOTHING=True),
         _walk_specimen(architecture, "queries", pair),
+        _walk_specimen(architecture, "queries, dense", {"dx": True, "dW": True}),
         _walk_specimen(architecture, "queries, low rank and biases", {**everything, "dW": False}),
         _walk_specimen(architecture, "queries, soft cap", {**everything, "U": False}, SOFTCAP=True),
         _walk_specimen(architecture, "pair again", pair, paired=True, AFTER=True),
@@ -305,9 +321,9 @@ _SIZES = {"N": "i32", "D": "i32", "V": "i32", "Q": "i32"}
 
 def _walk_specimen(architecture, name, given, kind="bf16", paired=False, **flags) -> Specimen:
     settings, wide = settings_for(TABLE, architecture), kind == "fp32"
-    capped = settings.capped if flags.get("SOFTCAP") else settings.queries
-    tiles = settings.wide if wide else settings.pair if paired else capped
     descriptors = flags.get("DESCRIPTORS", has_descriptors(architecture) and not wide)
+    alone = (descriptors or architecture < 90) and given.keys() == {"dx"}
+    tiles = _choose(settings, wide, paired, alone and not {"SOFTCAP", "SMOOTHING"} & flags.keys())
     types = _types(given, kind, None if wide else False)
     if descriptors:
         block = {"X": tiles.rows, "DX": tiles.rows, "X1": tiles.rows, "W": tiles.columns, "DW": tiles.columns}
