@@ -22,6 +22,7 @@ The compiled face does the same in one walk (``csrc/cpu/tiles/attention_delta.in
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ CAPPED_GAIN = tl.constexpr(64.0)
 OUT_OF_SIGHT = tl.constexpr(-40.0)
 # Where so little of D0 is left, N − y D is a small difference of large sums.
 LEAST_LEFT = tl.constexpr(1.0 / 16)
-# A row's first tile tells b where it holds this share of all weights at least: one of 64 keys does among 2^16 alike.
+# A row's first tile tells b where it holds this share of all weights at least: 32 keys do among 2^15 alike.
 LEAST_SHARE = tl.constexpr(1.0 / 1024)
 
 
@@ -74,28 +75,34 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """By the wider of a head's two widths, padded: up to 64, to 128, wider; float32 of any width."""
+    """For heads up to 64, 128 and 256 wide and beyond, by the wider of their two widths."""
 
-    narrow: Tile
-    middle: Tile
-    wide: Tile
-    long: Tile
+    plain: tuple[Tile, ...]  # bfloat16
+    busy: tuple[Tile, ...]  # with a mask or a soft cap
+    long: tuple[Tile, ...]  # float32
 
-    def of(self, dtype: torch.dtype, width: int) -> Tile:
-        if dtype == torch.float32:
-            return self.long
-        return self.narrow if width <= 64 else self.middle if width <= 128 else self.wide
+    def of(self, dtype: torch.dtype, width: int, busy: bool) -> Tile:
+        tiles = self.long if dtype == torch.float32 else self.busy if busy else self.plain
+        return tiles[sum(width > limit for limit in (64, 128, 256))]
 
 
-# A thread holds its share of N, of scores, their gains and weights: 64 rows to four warps leave room for 32 or 64 keys.
-_LONG = Tile(32, 32, 4, 1)
-TILES = {
-    INTERPRETER: Tiles(*[Tile(64, 64, 1, 1)] * 4),
-    80: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), _LONG),
-    89: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), _LONG),
-    90: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _LONG),
-    100: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _LONG),
-}
+# A thread holds its share of N, of scores, their gains and both weights: as many keys as leave nothing for the stack,
+# half as many where a mask or a soft cap takes registers too. Above 128 the queries alone fill shared memory, and
+# blocks of 32 rows are multiplied in the older way (HMMA). float32 is by multiply-adds, with operands in registers.
+_BEYOND = Tile(16, 16, 4, 1)
+_LONG = (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), _BEYOND)
+_AMPERE = Tiles(
+    plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
+    busy=(Tile(64, 16, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
+    long=_LONG,
+)
+_HOPPER = Tiles(
+    plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
+    busy=(Tile(64, 16, 4, 2), Tile(128, 16, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
+    long=_LONG,
+)
+_FEW = (Tile(64, 64, 1, 1),) * 4
+TILES = {INTERPRETER: Tiles(_FEW, _FEW, _FEW), 80: _AMPERE, 89: _AMPERE, 90: _HOPPER, 100: _HOPPER}
 
 
 @triton.jit
@@ -263,7 +270,7 @@ def attention_delta(
         mask: (B, H, T, T') of any strides, bool or floating, or None.
     """
     (_, B, H, T, E), TK, EV = q.shape, k.shape[3], v.shape[4]
-    tile = settings_for(TILES, architecture(q.device)).of(q.dtype, width(max(E, EV)))
+    tile = settings_for(TILES, architecture(q.device)).of(q.dtype, max(E, EV), mask is not None or cap is not None)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     blocks, Q = triton.cdiv(T, tile.BLOCK_M) * B * H, len(out) - 1
@@ -302,39 +309,39 @@ def width(E: int) -> int:
 
 
 def specimens(architecture: int) -> list[Specimen]:
-    """Each tile with all that moves, masked, causal and capped; the value's kernel and that of large changes too."""
-    tiles, found = settings_for(TILES, architecture), []
-    for kind, width, tile in (
-        ("bf16", 64, tiles.narrow),
-        ("bf16", 128, tiles.middle),
-        ("bf16", 256, tiles.wide),
-        ("fp32", 64, tiles.long),
-        ("fp32", 128, tiles.long),
-    ):
-        for kernel in (_value_kernel, _change_kernel, _large_change_kernel):
-            for plain in (True, False):
-                found.append(_specimen(kernel, kind, width, tile, plain, architecture))
-    return found
+    """Every tile with all that moves: plain scores, and masked and capped ones."""
+    tiles = settings_for(TILES, architecture)
+    cases = itertools.product(
+        (_value_kernel, _change_kernel, _large_change_kernel),
+        (("bf16", torch.bfloat16), ("fp32", torch.float32)),
+        (64, 128, 256),
+        (False, True),
+    )
+    return [
+        _specimen(kernel, kind, width, tiles.of(dtype, width, busy), busy, architecture)
+        for kernel, (kind, dtype), width, busy in cases
+    ]
 
 
-def _specimen(kernel, kind: str, width: int, tile: Tile, plain: bool, architecture: int) -> Specimen:
+def _specimen(kernel, kind: str, width: int, tile: Tile, busy: bool, architecture: int) -> Specimen:
     strides = [name for name in kernel.arg_names if name.islower() and "_" in name]
     sizes = [*strides, "QUERIES", "HEADS", "GROUP", "T", "TK", "E", "EV"]
     signature = dict.fromkeys("QKV", f"*{kind}") | dict.fromkeys(sizes, "i32") | {"OUT": f"*{kind}", "scale": "fp32"}
     signature |= dict.fromkeys(["Y", "TOP", "TOTAL", "LARGE"], "*fp32") | {"LEADER": "*i32"}
     constexprs = dict.fromkeys(["CAUSAL", "Q_MOVES", "K_MOVES", "V_MOVES"], True)
     constexprs |= {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WIDTH": width, "WIDTH_V": width}
-    if plain:
-        constexprs |= {"MASK": None, "cap": None}
-    else:
+    if busy:
         signature |= {"MASK": "*fp32", "cap": "fp32"}
+    else:
+        constexprs |= {"MASK": None, "cap": None}
+    unit = "HGMMA" if architecture == 90 and tile.BLOCK_M >= 64 else "HMMA"
     return Specimen(
-        f"{kernel.fn.__name__.strip('_')} {kind} {width} {'plain' if plain else 'masked and capped'}",
+        f"{kernel.fn.__name__.strip('_')} {kind} {width} {'masked and capped' if busy else 'plain'}",
         kernel,
         {name: kind for name, kind in signature.items() if name in kernel.arg_names},
         {name: value for name, value in constexprs.items() if name in kernel.arg_names},
         tile.num_warps,
         tile.num_stages,
         unaligned=("QUERIES", "HEADS", "GROUP"),
-        instructions=(("HGMMA",) if architecture == 90 else ("HMMA",)) if kind == "bf16" else (),
+        instructions=(unit,) if kind == "bf16" else (),
     )
