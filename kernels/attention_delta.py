@@ -92,17 +92,23 @@ class Tiles:
 _BEYOND = Tile(16, 16, 4, 1)
 _LONG = (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), _BEYOND)
 _AMPERE = Tiles(
-    plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
-    busy=(Tile(64, 16, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
+    plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
+    busy=(Tile(64, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _BEYOND),
+    long=_LONG,
+)
+# Less shared memory: 99 KiB.
+_ADA = Tiles(
+    plain=(Tile(64, 32, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), _BEYOND),
+    busy=(Tile(64, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), _BEYOND),
     long=_LONG,
 )
 _HOPPER = Tiles(
-    plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
-    busy=(Tile(64, 16, 4, 2), Tile(128, 16, 8, 2), Tile(32, 16, 4, 2), _BEYOND),
+    plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
+    busy=(Tile(64, 16, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
     long=_LONG,
 )
 _FEW = (Tile(64, 64, 1, 1),) * 4
-TILES = {INTERPRETER: Tiles(_FEW, _FEW, _FEW), 80: _AMPERE, 89: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+TILES = {INTERPRETER: Tiles(_FEW, _FEW, _FEW), 80: _AMPERE, 89: _ADA, 90: _HOPPER, 100: _HOPPER}
 
 
 @triton.jit

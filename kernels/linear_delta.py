@@ -41,11 +41,11 @@ class Tiles:
 
 # bfloat16: 128 x 256 accumulators take half of a multiprocessor's registers, and three stages of 48 KiB its memory;
 # where there is less of it, 128 x 128. Rows of blocks taken together share their columns in the second-level cache.
-_PLAIN = Tile(64, 64, 16, 4, 2)
+_PLAIN = Tile(64, 64, 16, 8, 2)
 TILES = {
     INTERPRETER: Tiles(Tile(32, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1)),
-    80: Tiles(Tile(128, 128, 32, 4, 4), _PLAIN),
-    89: Tiles(Tile(128, 128, 32, 4, 3), _PLAIN),
+    80: Tiles(Tile(128, 128, 32, 8, 4), _PLAIN),
+    89: Tiles(Tile(128, 128, 32, 8, 3), _PLAIN),
     90: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
     100: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
 }
