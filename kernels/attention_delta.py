@@ -33,6 +33,7 @@ from torch import Tensor
 from finf_fast.kernels.attention_scores import (
     LOWEST,
     capped,
+    capped_change,
     end_of_keys,
     hidden,
     inverse,
@@ -44,6 +45,7 @@ from finf_fast.kernels.attention_scores import (
     place,
     score,
     score_change,
+    scores_by_pieces,
     softmax_step,
     store_numbers,
     write,
@@ -90,7 +92,7 @@ class Tiles:
 # half as many where a mask or a soft cap takes registers too. Above 128 the queries alone fill shared memory, and
 # blocks of 32 rows are multiplied in the older way (HMMA). float32 is by multiply-adds, with operands in registers.
 _BEYOND = Tile(16, 16, 4, 1)
-_LONG = (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), _BEYOND)
+_LONG = (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), _BEYOND)
 _AMPERE = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
     busy=(Tile(64, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _BEYOND),
@@ -155,6 +157,7 @@ def _change_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
     SCORES_MOVE: tl.constexpr = Q_MOVES or K_MOVES
+    LONG: tl.constexpr = Q.dtype.element_ty == tl.float32
     first, n, head, b, h = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
     Q += b * q_b + h * q_h + first.to(tl.int64) * q_t
     K += b * k_b + h // GROUP * k_h
@@ -162,30 +165,34 @@ def _change_kernel(
     DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
     if MASK is not None:
         MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
-    q0 = load_rows(Q, q_t, T - first, E, BLOCK_M, WIDTH)
-    dq = load_rows(Q + (1 + n) * q_n, q_t, T - first, E, BLOCK_M, WIDTH) if Q_MOVES else q0
-    q1 = moved(q0, dq, Q_MOVES and K_MOVES)
+    DQ, rows = Q + (1 + n) * q_n, T - first
+    if not LONG:
+        q0 = load_rows(Q, q_t, rows, E, BLOCK_M, WIDTH)
+        dq = load_rows(DQ, q_t, rows, E, BLOCK_M, WIDTH) if Q_MOVES else q0
+        q1 = moved(q0, dq, Q_MOVES and K_MOVES)
     top = tl.maximum(load_numbers(TOP, head, first, T, BLOCK_M), LOWEST)
     d0 = load_numbers(TOTAL, head, first, T, BLOCK_M)
     d, d1, bias, seen = tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0)
     if SCORES_MOVE:
         leader = load_numbers(LEADER, head, first, T, BLOCK_M)
-        DQ, rows = Q + (1 + n) * q_n, T - first
-        shift = leader_change(
-            Q, DQ, K, DK, q_t, k_t, leader, rows, E, scale, cap, Q_MOVES, K_MOVES, BLOCK_M, WIDTH
-        )  # fmt: skip
+        shift = leader_change(Q, DQ, K, DK, q_t, k_t, leader, rows, E, scale, cap, Q_MOVES, K_MOVES, BLOCK_M)
     N = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
     for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
         count = TK - start
-        k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
-        raw = score(q0, k0, scale)
+        if LONG:
+            raw, ds = scores_by_pieces(
+                Q, DQ, K, DK, q_t, k_t, rows, count, E, scale, Q_MOVES, K_MOVES, BLOCK_M, BLOCK_N
+            )  # fmt: skip
+        else:
+            k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
+            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+            raw, ds = score(q0, k0, scale), score_change(dq, q1, k0, dk, scale, Q_MOVES, K_MOVES)
         s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL) - top[:, None]
         p = tl.exp(s)
         after = p
         if SCORES_MOVE:
             v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
-            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
-            g = score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES) - shift[:, None]
+            g = capped_change(raw, ds, cap) - shift[:, None]
             visible = tl.max(tl.minimum(g, s + g + (LARGEST_GAIN - OUT_OF_SIGHT)), 1)
             gain = p * expm1(tl.where(g > CAPPED_GAIN, CAPPED_GAIN, g))
             after = p + gain
@@ -230,6 +237,7 @@ def _large_change_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
     """For the rows that LARGE marks: the output after the change less that before."""
+    LONG: tl.constexpr = Q.dtype.element_ty == tl.float32
     large = tl.load(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
     if tl.max(large, 0) > 0:
         first, n, head, b, h = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
@@ -239,21 +247,28 @@ def _large_change_kernel(
         DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
         if MASK is not None:
             MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
-        q0 = load_rows(Q, q_t, T - first, E, BLOCK_M, WIDTH)
-        dq = load_rows(Q + (1 + n) * q_n, q_t, T - first, E, BLOCK_M, WIDTH) if Q_MOVES else q0
-        q1 = moved(q0, dq, Q_MOVES and K_MOVES)
+        DQ, rows = Q + (1 + n) * q_n, T - first
+        if not LONG:
+            q0 = load_rows(Q, q_t, rows, E, BLOCK_M, WIDTH)
+            dq = load_rows(DQ, q_t, rows, E, BLOCK_M, WIDTH) if Q_MOVES else q0
+            q1 = moved(q0, dq, Q_MOVES and K_MOVES)
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
         for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
             count = TK - start
-            k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
-            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
             v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
             dv = load_rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V) if V_MOVES else v0
-            raw = score(q0, k0, scale)
+            if LONG:
+                raw, ds = scores_by_pieces(
+                    Q, DQ, K, DK, q_t, k_t, rows, count, E, scale, Q_MOVES, K_MOVES, BLOCK_M, BLOCK_N
+                )  # fmt: skip
+            else:
+                k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
+                dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+                raw, ds = score(q0, k0, scale), score_change(dq, q1, k0, dk, scale, Q_MOVES, K_MOVES)
             s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
-            s += score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
+            s += capped_change(raw, ds, cap)
             m, total, sums = softmax_step(s, v0, dv, m, total, sums, V_MOVES)
             K += k_t * BLOCK_N
             DK += k_t * BLOCK_N
