@@ -22,6 +22,7 @@ The compiled face does the same in one walk (``csrc/cpu/tiles/attention_delta.in
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from finf_fast.kernels.attention_scores import (
     LOWEST,
     capped,
+    capped_change,
     end_of_keys,
     hidden,
     inverse,
@@ -43,6 +45,7 @@ from finf_fast.kernels.attention_scores import (
     place,
     score,
     score_change,
+    scores_by_pieces,
     softmax_step,
     store_numbers,
     write,
@@ -58,7 +61,7 @@ CAPPED_GAIN = tl.constexpr(64.0)
 OUT_OF_SIGHT = tl.constexpr(-40.0)
 # Where so little of D0 is left, N − y D is a small difference of large sums.
 LEAST_LEFT = tl.constexpr(1.0 / 16)
-# A row's first tile tells b where it holds this share of all weights at least: one of 64 keys does among 2^16 alike.
+# A row's first tile tells b where it holds this share of all weights at least: 32 keys do among 2^15 alike.
 LEAST_SHARE = tl.constexpr(1.0 / 1024)
 
 
@@ -74,28 +77,40 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """By the wider of a head's two widths, padded: up to 64, to 128, wider; float32 of any width."""
+    """For heads up to 64, 128 and 256 wide and beyond, by the wider of their two widths."""
 
-    narrow: Tile
-    middle: Tile
-    wide: Tile
-    long: Tile
+    plain: tuple[Tile, ...]  # bfloat16
+    busy: tuple[Tile, ...]  # with a mask or a soft cap
+    long: tuple[Tile, ...]  # float32
 
-    def of(self, dtype: torch.dtype, width: int) -> Tile:
-        if dtype == torch.float32:
-            return self.long
-        return self.narrow if width <= 64 else self.middle if width <= 128 else self.wide
+    def of(self, dtype: torch.dtype, width: int, busy: bool) -> Tile:
+        tiles = self.long if dtype == torch.float32 else self.busy if busy else self.plain
+        return tiles[sum(width > limit for limit in (64, 128, 256))]
 
 
-# A thread holds its share of N, of scores, their gains and weights: 64 rows to four warps leave room for 32 or 64 keys.
-_LONG = Tile(32, 32, 4, 1)
-TILES = {
-    INTERPRETER: Tiles(*[Tile(64, 64, 1, 1)] * 4),
-    80: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), _LONG),
-    89: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), _LONG),
-    90: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _LONG),
-    100: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _LONG),
-}
+# A thread holds its share of N, of scores, their gains and both weights: as many keys as leave nothing for the stack,
+# half as many where a mask or a soft cap takes registers too. Above 128 the queries alone fill shared memory, and
+# blocks of 32 rows are multiplied in the older way (HMMA). Blocks of float32 are small: multiply-adds hold operands too.
+_BEYOND = Tile(16, 16, 4, 1)
+_LONG = (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), _BEYOND)
+_AMPERE = Tiles(
+    plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
+    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _BEYOND),
+    long=_LONG,
+)
+# Less shared memory: 99 KiB.
+_ADA = Tiles(
+    plain=(Tile(64, 32, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), _BEYOND),
+    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), _BEYOND),
+    long=_LONG,
+)
+_HOPPER = Tiles(
+    plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
+    busy=(Tile(64, 16, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
+    long=_LONG,
+)
+_FEW = (Tile(64, 64, 1, 1),) * 4
+TILES = {INTERPRETER: Tiles(_FEW, _FEW, _FEW), 80: _AMPERE, 89: _ADA, 90: _HOPPER, 100: _HOPPER}
 
 
 @triton.jit
@@ -142,6 +157,7 @@ def _change_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
     SCORES_MOVE: tl.constexpr = Q_MOVES or K_MOVES
+    LONG: tl.constexpr = Q.dtype.element_ty == tl.float32
     first, n, head, b, h = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
     Q += b * q_b + h * q_h + first.to(tl.int64) * q_t
     K += b * k_b + h // GROUP * k_h
@@ -149,30 +165,34 @@ def _change_kernel(
     DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
     if MASK is not None:
         MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
-    q0 = load_rows(Q, q_t, T - first, E, BLOCK_M, WIDTH)
-    dq = load_rows(Q + (1 + n) * q_n, q_t, T - first, E, BLOCK_M, WIDTH) if Q_MOVES else q0
-    q1 = moved(q0, dq, Q_MOVES and K_MOVES)
+    DQ, rows = Q + (1 + n) * q_n, T - first
+    if not LONG:
+        q0 = load_rows(Q, q_t, rows, E, BLOCK_M, WIDTH)
+        dq = load_rows(DQ, q_t, rows, E, BLOCK_M, WIDTH) if Q_MOVES else q0
+        q1 = moved(q0, dq, Q_MOVES and K_MOVES)
     top = tl.maximum(load_numbers(TOP, head, first, T, BLOCK_M), LOWEST)
     d0 = load_numbers(TOTAL, head, first, T, BLOCK_M)
     d, d1, bias, seen = tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0), tl.zeros_like(d0)
     if SCORES_MOVE:
         leader = load_numbers(LEADER, head, first, T, BLOCK_M)
-        DQ, rows = Q + (1 + n) * q_n, T - first
-        shift = leader_change(
-            Q, DQ, K, DK, q_t, k_t, leader, rows, E, scale, cap, Q_MOVES, K_MOVES, BLOCK_M, WIDTH
-        )  # fmt: skip
+        shift = leader_change(Q, DQ, K, DK, q_t, k_t, leader, rows, E, scale, cap, Q_MOVES, K_MOVES, BLOCK_M)
     N = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
     for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
         count = TK - start
-        k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
-        raw = score(q0, k0, scale)
+        if LONG:
+            raw, ds = scores_by_pieces(
+                Q, DQ, K, DK, q_t, k_t, rows, count, E, scale, Q_MOVES, K_MOVES, BLOCK_M, BLOCK_N
+            )  # fmt: skip
+        else:
+            k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
+            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+            raw, ds = score(q0, k0, scale), score_change(dq, q1, k0, dk, scale, Q_MOVES, K_MOVES)
         s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL) - top[:, None]
         p = tl.exp(s)
         after = p
         if SCORES_MOVE:
             v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
-            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
-            g = score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES) - shift[:, None]
+            g = capped_change(raw, ds, cap) - shift[:, None]
             visible = tl.max(tl.minimum(g, s + g + (LARGEST_GAIN - OUT_OF_SIGHT)), 1)
             gain = p * expm1(tl.where(g > CAPPED_GAIN, CAPPED_GAIN, g))
             after = p + gain
@@ -217,6 +237,7 @@ def _large_change_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
     """For the rows that LARGE marks: the output after the change less that before."""
+    LONG: tl.constexpr = Q.dtype.element_ty == tl.float32
     large = tl.load(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
     if tl.max(large, 0) > 0:
         first, n, head, b, h = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), QUERIES, HEADS, BLOCK_M)
@@ -226,21 +247,28 @@ def _large_change_kernel(
         DK, DV = K + (1 + n) * k_n, V + (1 + n) * v_n
         if MASK is not None:
             MASK += b * m_b + h * m_h + first.to(tl.int64) * m_t
-        q0 = load_rows(Q, q_t, T - first, E, BLOCK_M, WIDTH)
-        dq = load_rows(Q + (1 + n) * q_n, q_t, T - first, E, BLOCK_M, WIDTH) if Q_MOVES else q0
-        q1 = moved(q0, dq, Q_MOVES and K_MOVES)
+        DQ, rows = Q + (1 + n) * q_n, T - first
+        if not LONG:
+            q0 = load_rows(Q, q_t, rows, E, BLOCK_M, WIDTH)
+            dq = load_rows(DQ, q_t, rows, E, BLOCK_M, WIDTH) if Q_MOVES else q0
+            q1 = moved(q0, dq, Q_MOVES and K_MOVES)
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
         for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
             count = TK - start
-            k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
-            dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
             v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
             dv = load_rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V) if V_MOVES else v0
-            raw = score(q0, k0, scale)
+            if LONG:
+                raw, ds = scores_by_pieces(
+                    Q, DQ, K, DK, q_t, k_t, rows, count, E, scale, Q_MOVES, K_MOVES, BLOCK_M, BLOCK_N
+                )  # fmt: skip
+            else:
+                k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
+                dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
+                raw, ds = score(q0, k0, scale), score_change(dq, q1, k0, dk, scale, Q_MOVES, K_MOVES)
             s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
-            s += score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES, K_MOVES)
+            s += capped_change(raw, ds, cap)
             m, total, sums = softmax_step(s, v0, dv, m, total, sums, V_MOVES)
             K += k_t * BLOCK_N
             DK += k_t * BLOCK_N
@@ -263,7 +291,7 @@ def attention_delta(
         mask: (B, H, T, T') of any strides, bool or floating, or None.
     """
     (_, B, H, T, E), TK, EV = q.shape, k.shape[3], v.shape[4]
-    tile = settings_for(TILES, architecture(q.device)).of(q.dtype, width(max(E, EV)))
+    tile = settings_for(TILES, architecture(q.device)).of(q.dtype, max(E, EV), mask is not None or cap is not None)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     blocks, Q = triton.cdiv(T, tile.BLOCK_M) * B * H, len(out) - 1
@@ -302,39 +330,39 @@ def width(E: int) -> int:
 
 
 def specimens(architecture: int) -> list[Specimen]:
-    """Each tile with all that moves, masked, causal and capped; the value's kernel and that of large changes too."""
-    tiles, found = settings_for(TILES, architecture), []
-    for kind, width, tile in (
-        ("bf16", 64, tiles.narrow),
-        ("bf16", 128, tiles.middle),
-        ("bf16", 256, tiles.wide),
-        ("fp32", 64, tiles.long),
-        ("fp32", 128, tiles.long),
-    ):
-        for kernel in (_value_kernel, _change_kernel, _large_change_kernel):
-            for plain in (True, False):
-                found.append(_specimen(kernel, kind, width, tile, plain, architecture))
-    return found
+    """Every tile with all that moves: plain scores, and masked and capped ones."""
+    tiles = settings_for(TILES, architecture)
+    cases = itertools.product(
+        (_value_kernel, _change_kernel, _large_change_kernel),
+        (("bf16", torch.bfloat16), ("fp32", torch.float32)),
+        (64, 128, 256),
+        (False, True),
+    )
+    return [
+        _specimen(kernel, kind, width, tiles.of(dtype, width, busy), busy, architecture)
+        for kernel, (kind, dtype), width, busy in cases
+    ]
 
 
-def _specimen(kernel, kind: str, width: int, tile: Tile, plain: bool, architecture: int) -> Specimen:
+def _specimen(kernel, kind: str, width: int, tile: Tile, busy: bool, architecture: int) -> Specimen:
     strides = [name for name in kernel.arg_names if name.islower() and "_" in name]
     sizes = [*strides, "QUERIES", "HEADS", "GROUP", "T", "TK", "E", "EV"]
     signature = dict.fromkeys("QKV", f"*{kind}") | dict.fromkeys(sizes, "i32") | {"OUT": f"*{kind}", "scale": "fp32"}
     signature |= dict.fromkeys(["Y", "TOP", "TOTAL", "LARGE"], "*fp32") | {"LEADER": "*i32"}
     constexprs = dict.fromkeys(["CAUSAL", "Q_MOVES", "K_MOVES", "V_MOVES"], True)
     constexprs |= {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WIDTH": width, "WIDTH_V": width}
-    if plain:
-        constexprs |= {"MASK": None, "cap": None}
-    else:
+    if busy:
         signature |= {"MASK": "*fp32", "cap": "fp32"}
+    else:
+        constexprs |= {"MASK": None, "cap": None}
+    unit = "HGMMA" if architecture == 90 and tile.BLOCK_M >= 64 else "HMMA"
     return Specimen(
-        f"{kernel.fn.__name__.strip('_')} {kind} {width} {'plain' if plain else 'masked and capped'}",
+        f"{kernel.fn.__name__.strip('_')} {kind} {width} {'masked and capped' if busy else 'plain'}",
         kernel,
         {name: kind for name, kind in signature.items() if name in kernel.arg_names},
         {name: value for name, value in constexprs.items() if name in kernel.arg_names},
         tile.num_warps,
         tile.num_stages,
         unaligned=("QUERIES", "HEADS", "GROUP"),
-        instructions=(("HGMMA",) if architecture == 90 else ("HMMA",)) if kind == "bf16" else (),
+        instructions=(unit,) if kind == "bf16" else (),
     )

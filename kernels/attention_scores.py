@@ -12,6 +12,8 @@ from finf_fast.kernels.numerics import product, rounded, softcap, softcap_change
 
 # Stands in for the m of a row that has seen nothing yet, from which nothing can be taken away.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Numbers of a head's width taken at a time where a thread would otherwise hold all of them.
+PIECE = tl.constexpr(32)
 
 
 @triton.jit
@@ -104,24 +106,51 @@ def hidden(s, MASK, m_t, m_k, first, start, T, TK, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def score_change(raw, dq, q1, k0, dk, scale, cap, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr):
-    """dq k0 + q1 dk, behind the soft cap."""
-    ds = tl.zeros_like(raw)
+def capped_change(raw, ds, cap):
+    return ds if cap is None else softcap_change(cap, raw, ds)
+
+
+@triton.jit
+def score_change(dq, q1, k0, dk, scale, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr):
+    """dq k0 + q1 dk, before the soft cap."""
+    ds = tl.zeros((q1.shape[0], k0.shape[0]), tl.float32)
     if Q_MOVES:
         ds = product(dq, tl.trans(k0), ds)
     if K_MOVES:
         ds = product(q1, tl.trans(dk), ds)
-    ds *= scale
-    return ds if cap is None else softcap_change(cap, raw, ds)
+    return ds * scale
+
+
+@triton.jit
+def scores_by_pieces(
+    Q, DQ, K, DK, q_t, k_t, rows, count, E, scale,
+    Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores and their changes in float32, some numbers of the width at a time.
+
+    Multiply-adds hold the operands of a product in registers, which queries of a whole width would fill.
+    """
+    raw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    ds = raw
+    for e in range(0, E, PIECE):
+        q = load_rows(Q + e, q_t, rows, E - e, BLOCK_M, PIECE)
+        k = load_rows(K + e, k_t, count, E - e, BLOCK_N, PIECE)
+        raw = product(q, tl.trans(k), raw)
+        if Q_MOVES:
+            dq = load_rows(DQ + e, q_t, rows, E - e, BLOCK_M, PIECE)
+            ds = product(dq, tl.trans(k), ds)
+            q += dq
+        if K_MOVES:
+            ds = product(q, tl.trans(load_rows(DK + e, k_t, count, E - e, BLOCK_N, PIECE)), ds)
+    return raw * scale, ds * scale
 
 
 @triton.jit
 def leader_change(
     Q, DQ, K, DK, q_t, k_t, leader, count, E, scale, cap,
-    Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """ds_j of each row, some numbers of its width at a time: a whole block in float32 would fill the registers."""
-    PIECE: tl.constexpr = min(WIDTH, 32)
     rows = tl.arange(0, BLOCK_M)[:, None]
     raw, ds = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for e in range(0, E, PIECE):
@@ -139,8 +168,7 @@ def leader_change(
             )  # as it is multiplied, or j would gain the difference
         if K_MOVES:
             ds += tl.sum(q * tl.load(DK + key, mask=inside, other=0.0).to(tl.float32), 1)
-    ds *= scale
-    return ds if cap is None else softcap_change(cap, raw * scale, ds)
+    return capped_change(raw * scale, ds * scale, cap)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ the other half is r more columns of depth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -41,11 +41,12 @@ class Tiles:
 
 # bfloat16: 128 x 256 accumulators take half of a multiprocessor's registers, and three stages of 48 KiB its memory;
 # where there is less of it, 128 x 128. Rows of blocks taken together share their columns in the second-level cache.
+# float32: as many warps as leave nothing for the stack.
 _PLAIN = Tile(64, 64, 16, 4, 2)
 TILES = {
     INTERPRETER: Tiles(Tile(32, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1)),
-    80: Tiles(Tile(128, 128, 32, 4, 4), _PLAIN),
-    89: Tiles(Tile(128, 128, 32, 4, 3), _PLAIN),
+    80: Tiles(Tile(128, 128, 32, 8, 4), replace(_PLAIN, num_warps=8)),
+    89: Tiles(Tile(128, 128, 32, 8, 3), replace(_PLAIN, num_warps=8)),
     90: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
     100: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
 }

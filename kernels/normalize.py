@@ -12,6 +12,7 @@ registers are walked in chunks, three times for each query, out of the second-le
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -26,18 +27,18 @@ class Settings:
     """How rows are shared out."""
 
     longest: int  # row that a program holds in its registers
+    longest_grouped: int  # the same with a parameter's place for each number
     chunk: int  # in which a longer one is walked
     least: int  # numbers of a program: shorter rows go several together
     each: int  # numbers of a thread
-    most_warps: int
 
 
 # 16 numbers of a thread are two loads of 16 bytes in bfloat16, four in float32, all under way at once; with what is
 # made of them they take about 100 registers. The longest row then fills half of a multiprocessor's registers, so that
 # one program loads while another adds up. The interpreter's rows are short, so that tests see both ways.
-_GPU = Settings(longest=8192, chunk=4096, least=2048, each=16, most_warps=16)
+_GPU = Settings(longest=8192, longest_grouped=4096, chunk=4096, least=2048, each=16)
 SETTINGS = {
-    INTERPRETER: Settings(longest=1024, chunk=512, least=16384, each=1024, most_warps=1),
+    INTERPRETER: Settings(longest=1024, longest_grouped=512, chunk=512, least=16384, each=1024),
     80: _GPU,
     89: _GPU,
     90: _GPU,
@@ -258,14 +259,14 @@ def normalize(
     _, N, D = x.shape
     weight, bias, dweight, dbias = params
     found = settings_for(SETTINGS, architecture(x.device))
-    width, rows, warps = _shape(found, D)
-    kernel = _norm_long_kernel if found.longest < D else _norm_rows_kernel
+    grouped = groups > 1 or run > 1
+    kernel, width, rows, warps = _shape(found, D, grouped)
     kernel[(triton.cdiv(N, rows),)](
         *(x, other, weight, bias, dweight, dbias, y, total),
         *(x.stride(0), x.stride(1), *((0, 0) if other is None else (other.stride(0), other.stride(1)))),
         *(y.stride(0), groups * (D // run), N, D, len(y) - 1, groups, run, eps),
         CENTRED=centred,
-        GROUPED=groups > 1 or run > 1,
+        GROUPED=grouped,
         X_MOVES=len(x) > 1,
         OTHER_MOVES=other is not None and len(other) > 1,
         ROWS=rows,
@@ -275,33 +276,34 @@ def normalize(
     )
 
 
-def _shape(found: Settings, D: int) -> tuple[int, int, int]:
-    """Width, rows and warps of a program for rows of D numbers."""
-    width = found.chunk if found.longest < D else triton.next_power_of_2(D)
-    rows = 1 if found.longest < D else max(1, found.least // width)
-    return width, rows, max(1, min(found.most_warps, width * rows // (32 * found.each)))
+def _shape(found: Settings, D: int, grouped: bool) -> tuple[Any, int, int, int]:
+    """Kernel, and width, rows and warps of a program, for rows of D numbers."""
+    if (found.longest_grouped if grouped else found.longest) < D:
+        return _norm_long_kernel, found.chunk, 1, max(1, found.chunk // (32 * found.each))
+    width = triton.next_power_of_2(D)
+    rows = max(1, found.least // width)
+    return _norm_rows_kernel, width, rows, max(1, width * rows // (32 * found.each))
 
 
 def specimens(architecture: int) -> list[Specimen]:
     """Rows within registers and beyond, with all that a norm may have; and group norm's parameters."""
     found = settings_for(SETTINGS, architecture)
-    widths = {"short": 64, "middle": 768, "longest": found.longest, "long": found.longest + 1}
     return [
-        _specimen(f"{kind} {name} {'grouped' if groups else 'residual'}", kind, found, D, groups)
+        _specimen(f"{kind} {D} {'grouped' if grouped else 'residual'}", kind, found, D, grouped)
         for kind in ("bf16", "fp32")
-        for name, D in widths.items()
-        for groups in (False, True)
+        for grouped, longest in ((False, found.longest), (True, found.longest_grouped))
+        for D in (64, 768, longest, longest + 1)
     ]
 
 
 def _specimen(name: str, kind: str, found: Settings, D: int, groups: bool) -> Specimen:
-    width, rows, warps = _shape(found, D)
+    kernel, width, rows, warps = _shape(found, D, groups)
     stacks = dict.fromkeys(["X", "Y"] if groups else ["X", "Y", "OTHER", "SUM"], f"*{kind}")
     params = dict.fromkeys(["WEIGHT", "BIAS", "DWEIGHT", "DBIAS"], "*fp32")
     sizes = ["x_q", "x_n", "other_q", "other_n", "y_q", "param_q", "N", "D", "CHANGES", "GROUPS", "RUN"]
     return Specimen(
         name,
-        _norm_long_kernel if found.longest < D else _norm_rows_kernel,
+        kernel,
         {**stacks, **params, **dict.fromkeys(sizes, "i32"), "eps": "fp32"},
         {
             **({"OTHER": None, "SUM": None} if groups else {}),
