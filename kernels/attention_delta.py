@@ -96,13 +96,13 @@ _LONG = (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), _BEYOND)
 _AMPERE = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
     busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _BEYOND),
-    long=_LONG,
+    long=(Tile(16, 16, 8, 1), *_LONG[1:]),
 )
 # Less shared memory: 99 KiB.
 _ADA = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), _BEYOND),
     busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), _BEYOND),
-    long=_LONG,
+    long=(Tile(16, 16, 8, 1), *_LONG[1:]),
 )
 _HOPPER = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
