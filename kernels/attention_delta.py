@@ -90,19 +90,19 @@ class Tiles:
 
 # A thread holds its share of N, of scores, their gains and both weights: as many keys as leave nothing for the stack,
 # half as many where a mask or a soft cap takes registers too. Above 128 the queries alone fill shared memory, and
-# blocks of 32 rows are multiplied in the older way (HMMA). Blocks of float32 are small: multiply-adds hold operands too.
+# blocks of 32 rows are multiplied in the older way (HMMA). float32 holds operands in registers too: small blocks.
 _BEYOND = Tile(16, 16, 4, 1)
 _LONG = (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), _BEYOND)
 _AMPERE = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
     busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _BEYOND),
-    long=_LONG,
+    long=(Tile(16, 16, 8, 1), *_LONG[1:]),
 )
 # Less shared memory: 99 KiB.
 _ADA = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), _BEYOND),
     busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), _BEYOND),
-    long=_LONG,
+    long=(Tile(16, 16, 8, 1), *_LONG[1:]),
 )
 _HOPPER = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
