@@ -64,9 +64,12 @@ OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_d
   topk_merge))
 
 # Operations with a Triton face: the same tests, its kernels interpreted on the CPU, a second a test. Left out are edges
-# of other faces' tiles (test_columns, half of test_panels) and a test of how the reference goes on other devices.
-TRITON_CHOICE := "triton and not test_columns and not must_not_be_waited and not (test_panels and 4096)"
-TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,linear_cross_entropy_delta))
+# of other faces' tiles (test_columns, half of test_panels, of attention all but one size), gains but one, and a test of
+# how the reference goes on other devices.
+TRITON_CHOICE := "triton and not test_columns and not must_not_be_waited and not (test_panels and 4096) and not \
+  (test_edges_of_blocks and not 65) and not (test_one_key_takes_all and not 50)"
+TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta group_norm_delta layer_norm_delta \
+  linear_cross_entropy_delta linear_delta rms_norm_delta))
 
 bench: $(VENV)/.installed
 	for script in bench/bench_*.py; do $(BIN)/python $$script --save || exit 1; done
