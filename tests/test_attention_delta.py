@@ -173,7 +173,9 @@ EDGES += [(5, 6, E, Ev) for E, Ev in [(1, 1), (3, 5), (4, 17), (15, 16), (16, 15
 @pytest.mark.parametrize("T, Tk, E, Ev", EDGES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_edges_of_blocks(dtype, T, Tk, E, Ev, causal):
-    held(stacks(0.1, dtype, B=1, H=2, Hk=1, T=T, Tk=Tk, E=E, Ev=Ev), dtype, causal=causal)
+    # Sixteen numbers are too few for the bound of many: a weight rounded to bfloat16 weighs 4.1e-3 of them.
+    few = 2 if T * Ev < 64 else 1
+    held(stacks(0.1, dtype, B=1, H=2, Hk=1, T=T, Tk=Tk, E=E, Ev=Ev), dtype, causal=causal, slack=few)
 
 
 @pytest.mark.parametrize("Q", [(2, 0, 0), (0, 2, 0), (0, 0, 2), (2, 2, 2)])
