@@ -50,11 +50,6 @@ def stack(*shape: int, dtype: torch.dtype = BF16, queries: int = Q) -> Tensor:
     return x
 
 
-def whole(x: Tensor) -> Tensor:
-    """A stack as plain torch would hold it: the value and the changed values."""
-    return torch.cat([x[:1], x[:1] + x[1:]])
-
-
 def linear_cross_entropy_delta(dry: bool) -> Iterator[Work]:
     # The three of design section 3 first, where the compiled pair runs too: a compilation takes it some 20 s.
     shapes = [(768, 50257), (2048, 128256), (4096, 128256), (768, 128256), (2048, 50257), (4096, 50257)]

@@ -49,9 +49,9 @@ def medians(ways: dict[str, Callable], inputs: list[Sequence], device: torch.dev
 
 
 def copies(size: int, device: torch.device) -> int:
-    """How many sets of inputs of `size` bytes are walked in turn: together twice the last-level cache or more."""
+    """How many sets of inputs of `size` bytes are walked in turn: together twice the last-level cache, if MOST do."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return max(1, -(-2 * cache // max(size, 1)))
+    return min(MOST, max(1, -(-2 * cache // max(size, 1))))
 
 
 def peak_mib(way: Callable, given: Sequence, device: torch.device) -> float | None:

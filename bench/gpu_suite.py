@@ -32,8 +32,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
-# Seconds, nine minutes less what ending takes. Shares of it, guessed without a GPU: all that is compiled is built in two
-# minutes on two cores; a case is timed in 1 s and compiled in a few; of the tests nearly all the time is compilation.
+# Seconds, nine minutes less what ending takes. Shares of it, guessed without a GPU: all that is compiled is built in
+# two minutes on two cores; a case is timed in 1 s and compiled in a few; tests spend nearly all their time on compiling.
 BUDGET = 520.0
 SHARES = {"build": 110, "few tests": 50, "operations": 150, "sweep": 60, "all tests": 110, "sanitizer": 40}
 # A part that does not end by itself is ended this much later than it was asked to.
@@ -134,8 +134,12 @@ def operations(suite: Suite, limit: float, part: Part) -> None:
         begun = [line["begin"] for line in said if "begin" in line]
         order = next((line["order"] for line in said if "order" in line), [])
         rest = order[order.index(begun[-1]) + 1 :] if begun else []
-        if done.code != 0:
-            ends.append(f"ended in {begun[-1] if begun else 'its start'}: {done.last_words()}")
+        place = begun[-1] if begun else "its start"
+        if done.code is None:
+            part.state, part.note = "out of time", f"ended in {place}"
+            return
+        if done.code:
+            ends.append(f"ended in {place}: {done.last_words()}")
     part.note, part.state = "; ".join(ends), state_of(suite.rows, bool(ends))
 
 
