@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
 # Seconds, nine minutes less what ending takes. Shares of it, guessed without a GPU: all that is compiled is built in
-# two minutes on two cores; a case is timed in 1 s and compiled in a few; tests spend nearly all their time on compiling.
+# two minutes on two cores; a case is timed in 1 s and compiled in a few; tests mostly compile.
 BUDGET = 520.0
 SHARES = {"build": 110, "few tests": 50, "operations": 150, "sweep": 60, "all tests": 110, "sanitizer": 40}
 # A part that does not end by itself is ended this much later than it was asked to.
