@@ -68,7 +68,7 @@ def language(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
         "ms": 1e3 * seconds,
         "tflops": tflops,
         "percent_of_gemm": 100 * tflops / peak,
-        "notes": {"plan": scores.plan.reason},
+        "notes": {"plan": scores.plan},
     }
 
 
@@ -90,7 +90,7 @@ def images(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
         "tflops": tflops,
         "percent_of_gemm": 100 * tflops / peak,
         "times": {"released loop": released / seconds},
-        "notes": {"plan": scores.plan.reason},
+        "notes": {"plan": scores.plan},
     }
 
 
