@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,22 +75,27 @@ class Run:
 class Suite:
     """The clock, the options and where all parts put what they found."""
 
-    def __init__(self, budget: float, dry: bool):
+    def __init__(self, budget: float, dry: bool, parts: Sequence[str] = tuple(SHARES)):
         self.dry, self.parts, self.rows = dry, [], []
         self.about: dict[str, Any] = {}
         self.peaks: dict[str, float] = {}
-        self._until, self._scale = time.monotonic() + budget, budget / sum(SHARES.values())
+        total = sum(SHARES[name] for name in parts)
+        self._until = time.monotonic() + budget
+        self._shares = {name: budget * SHARES[name] / total for name in parts}
 
     def part(self, name: str, work: Callable[[Suite, float, Part], None]) -> None:
         """Runs `work` with the seconds it may take."""
         part, since = Part(name), time.monotonic()
         self.parts.append(part)
-        later = list(SHARES)[list(SHARES).index(name) + 1 :]
-        limit = self._until - since - self._scale * sum(SHARES[other] for other in later)
+        self._shares.pop(name)
+        limit = self._until - since - sum(self._shares.values())
         if limit < 1:
             part.note = "no time left"
         else:
-            work(self, limit, part)
+            try:
+                work(self, limit, part)
+            except Exception as error:  # of the suite itself: what the other parts find is written all the same
+                part.state, part.note = "failed", f"{type(error).__name__}: {error}"
         part.seconds = round(time.monotonic() - since, 1)
         print(f"{part.name}: {part.state} in {part.seconds} s {part.note}".rstrip(), flush=True)
 
@@ -309,8 +314,9 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--dry-run", action="store_true", help="go through all of it on a CPU, tiny")
     options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     options = options.parse_args(argv)
-    suite = Suite(options.budget, options.dry_run)
-    for name in options.parts:
+    parts = [name for name in PARTS if name in options.parts]
+    suite = Suite(options.budget, options.dry_run, parts)
+    for name in parts:
         suite.part(name, PARTS[name])
     path = write(suite, options.out or (ROOT / "runs" if suite.dry else BENCH / "results"))
     print(table(suite))

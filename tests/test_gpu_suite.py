@@ -60,6 +60,17 @@ def test_the_file_says_where_it_was_measured(dry_run):
     assert found["peaks"]["gemm_tflops"] > 0 and found["peaks"]["copy_gb_per_s"] > 0
 
 
+def test_a_part_that_raises_leaves_the_others_their_turn():
+    def broken(suite, limit, part):
+        raise OSError("no such tool")
+
+    suite = Suite(60, True, ["build", "sweep"])
+    suite.part("build", broken)
+    suite.part("sweep", gpu_suite.sweep)
+    assert [part.state for part in suite.parts] == ["failed", "not run"]
+    assert suite.parts[0].note == "OSError: no such tool"
+
+
 VERBOSE = """tests/test_a.py::test_x[triton-float32-1] PASSED                 [ 33%]
 tests/test_a.py::test_x[triton-a value with spaces] FAILED       [ 66%]
 tests/test_a.py::test_y[cuda] SKIPPED (no CUDA device)           [100%]
@@ -111,7 +122,7 @@ def test_a_part_leaves_the_later_ones_their_shares(capsys):
     suite = Suite(gpu_suite.BUDGET, dry=True)
     suite.part("build", lambda suite, limit, part: limits.append(limit))
     assert limits[0] == pytest.approx(gpu_suite.SHARES["build"], abs=1)
-    late = Suite(0.5, dry=True)
+    late = Suite(0.5, True, ["sanitizer"])
     late.part("sanitizer", lambda *_: pytest.fail("begun without time"))
     assert late.parts[0].state == "not run" and late.parts[0].note == "no time left"
     assert "sanitizer: not run" in capsys.readouterr().out
