@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 import finf_fast as ff
 import table
 from finf_fast.lowrank import dense
+from finf_fast.transfer import to_device
 
 
 class Block(nn.Module):
@@ -144,6 +145,7 @@ def released(model, data, updates, loss, batch):
         loader = DataLoader(data, batch_size=batch, num_workers=1)
         scores = []
         for sample in loader:
+            sample = to_device(sample, next(model.parameters()).device)
             scores.append((losses(after, sample, loss) - losses(model, sample, loss)).detach())
         found.append(torch.cat(scores))
     return torch.stack(found)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import journey
 from finf_fast.ops import dispatch
 
 LONG = np.longdouble
@@ -211,11 +212,16 @@ def check_topk(op: Callable, scores: Tensor, K: int, cuts: tuple[int, ...] = (),
 def face_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
     """Every (face, dtype) of the dispatch table: the axis that every test of an operation runs along.
 
-    Triton's interpreter is asked for by TRITON_INTERPRET=1 and then goes alone: it is slow, and numpy does its work.
+    The faces for GPUs go alone, where they are sent by FINF_TEST_DEVICE (see `journey`), and so does Triton's
+    interpreter, asked for by TRITON_INTERPRET=1: it is slow, and numpy does its work.
     """
-    alone = os.environ.get("TRITON_INTERPRET") == "1"
-    kept = [(face, takes) for face, takes in dispatch.TABLE[op].items() if (face == "triton") == alone]
-    return [(face, dtype) for face, takes in kept if alone or face != "cuda" for dtype in takes.dtypes]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        kept = ("triton",)
+    elif journey.destination():
+        kept = journey.GPU_FACES
+    else:
+        kept = ("cpp", "reference")
+    return [(face, dtype) for face, takes in dispatch.TABLE[op].items() if face in kept for dtype in takes.dtypes]
 
 
 @contextlib.contextmanager
@@ -238,7 +244,9 @@ def face_fixture(op: str) -> Callable:
     @pytest.fixture(scope="module", params=face_dtypes(op), ids=lambda pair: f"{pair[0]}-{str(pair[1])[6:]}")
     def dtype(request) -> Iterator[torch.dtype]:
         face, taken = request.param
-        with forced(face):
+        device = journey.destination()
+        abroad = journey.sent(op, face, device) if device else contextlib.nullcontext()
+        with forced(face), abroad:
             verdict = next(v for v in dispatch.faces(op) if v.face == face)
             if not verdict.available:
                 pytest.skip(verdict.reason)  # test_dispatch.py fails instead, so that this cannot hide a broken build

@@ -16,6 +16,7 @@ from checks import LONG, exact, relative
 from finf_fast import ops, reference
 from finf_fast.ops import linear_cross_entropy_delta, linear_cross_entropy_delta_out
 from heads import BOUNDS, FORMS, STEPS, Head, check, logits, make_head, truth
+from journey import cpu_looks
 
 dtype = checks.face_fixture("linear_cross_entropy_delta")
 face = sys.modules["finf_fast.reference.linear_cross_entropy_delta"]
@@ -448,6 +449,7 @@ def test_a_broken_one_is_caught(defect):
 
 
 # Errors.
+@cpu_looks
 def test_target_out_of_range_names_the_row(dtype):
     head = make_head(V=10, dtype=dtype)
     head.target[1] = -100

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import checks
 from checks import check_segment_sum
 from finf_fast.ops import segment_sum, segment_sum_out
+from journey import cpu_looks
 
 dtype = checks.face_fixture("segment_sum")
 
@@ -74,6 +75,7 @@ def test_same_bits_for_any_number_of_threads(dtype):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@cpu_looks
 @pytest.mark.parametrize("offsets", [(0, 5, 4, 8), (-1, 5), (0, 11)])
 def test_offsets_that_do_not_fit(dtype, offsets):
     with pytest.raises(ValueError, match=r"offsets.*wanted"):

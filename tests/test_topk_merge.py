@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import checks
 from checks import check_topk, empty_list
 from finf_fast.ops import topk_merge, topk_merge_
+from journey import cpu_looks
 
 dtype = checks.face_fixture("topk_merge")
 NAN, INF = float("nan"), float("inf")
@@ -93,6 +94,7 @@ def test_layouts(dtype):
     assert torch.equal(got[0], topk_merge(*wanted, scores + 1, 40)[0]) and got[0].is_contiguous()
 
 
+@cpu_looks
 @pytest.mark.parametrize(
     "values, indices", [([1.0, 2.0], [0, 1]), ([NAN, 1.0], [0, 1]), ([1.0, 1.0], [3, 2]), ([-INF, -INF], [-1, 4])]
 )

@@ -1,0 +1,149 @@
+"""The GPU suite without a GPU: all of it in a dry run, and that it hides neither a failure nor what did not fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finf_fast.bench import gpu_suite
+from finf_fast.bench.gpu_suite import Part, Run, Suite
+from finf_fast.ops import dispatch
+
+SCRIPT = Path(gpu_suite.__file__)
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """What the dry run wrote, and how long it took."""
+    pytest.importorskip("triton")
+    out, since = tmp_path_factory.mktemp("suite"), time.monotonic()
+    command = [sys.executable, SCRIPT, "--dry-run", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.iterdir()
+    assert path.name.startswith("dry-run-") and str(path) in done.stdout.splitlines()[-1]
+    return json.loads(path.read_text()), time.monotonic() - since
+
+
+@pytest.mark.prove
+def test_every_part_was_gone_through(dry_run):
+    found, seconds = dry_run
+    states = {part["name"]: part["state"] for part in found["parts"]}
+    assert states.pop("sanitizer") == "not run"
+    assert list(states) == ["build", "few tests", "operations", "sweep", "all tests"]
+    assert set(states.values()) == {"passed"}, found["parts"]
+    assert seconds - found["parts"][0]["seconds"] < 120  # but for building, which is as long as what has changed
+
+
+@pytest.mark.prove
+def test_every_operation_was_timed_on_the_face_meant(dry_run):
+    found, _ = dry_run
+    faces = {}
+    for row in found["rows"]:
+        assert row["ms"] > 0 and not row["notes"].get("ours"), row
+        if row["op"] != "sweep":
+            faces.setdefault(row["op"], set()).add(row["face"])
+            assert row["times"] and ("percent_of_gemm" in row) != ("percent_of_copy" in row), row
+    assert faces == {op: {"triton" if "triton" in row else "cpp"} for op, row in dispatch.TABLE.items()}
+    assert [row["case"].split()[0] for row in found["rows"] if row["op"] == "sweep"] == ["gpt2", "resnet18"]
+
+
+@pytest.mark.prove
+def test_the_file_says_where_it_was_measured(dry_run):
+    found, _ = dry_run
+    assert {"device", "torch", "triton", "commit", "finf_fast", "cuda"} <= set(found["about"]) and found["date"]
+    assert found["peaks"]["gemm_tflops"] > 0 and found["peaks"]["copy_gb_per_s"] > 0
+
+
+def test_a_part_that_raises_leaves_the_others_their_turn():
+    def broken(suite, limit, part):
+        raise OSError("no such tool")
+
+    suite = Suite(60, True, ["build", "sweep"])
+    suite.part("build", broken)
+    suite.part("sweep", gpu_suite.sweep)
+    assert [part.state for part in suite.parts] == ["failed", "not run"]
+    assert suite.parts[0].note == "OSError: no such tool"
+
+
+VERBOSE = """tests/test_a.py::test_x[triton-float32-1] PASSED                 [ 33%]
+tests/test_a.py::test_x[triton-a value with spaces] FAILED       [ 66%]
+tests/test_a.py::test_y[cuda] SKIPPED (no CUDA device)           [100%]
+"""
+
+
+def judged(*runs):
+    part = Part("tests")
+    given = {f"test_{n}.py": run for n, run in enumerate(runs)}
+    part.found = {name: gpu_suite.counted(run) for name, run in given.items()}
+    gpu_suite.judge(part, given)
+    return part
+
+
+def test_failures_are_counted_and_named():
+    part = judged(Run(1, VERBOSE, ""))
+    assert part.state == "failed" and part.note == "1 passed; 1 failed; 1 skipped"
+    assert part.found["test_0.py"]["broken"] == ["tests/test_a.py::test_x[triton-a value with spaces]"]
+
+
+@pytest.mark.parametrize(
+    "code, out, state",
+    [
+        (0, "a.py::t[triton] PASSED", "passed"),
+        (0, "a.py::t[triton] SKIPPED (no CUDA device)", "failed"),
+        (gpu_suite.NO_TESTS, "", "failed"),
+        (None, "a.py::t[triton] PASSED", "out of time"),
+        (134, "a.py::t[triton] PASSED", "failed"),  # the process died
+        (99, "a.py::t[triton] PASSED", "failed"),  # the sanitizer's exit code
+    ],
+)
+def test_only_what_ran_to_its_end_has_passed(code, out, state):
+    assert judged(Run(code, out, "")).state == state
+
+
+def test_one_file_that_did_not_fit_is_told_of():
+    part = judged(Run(0, "a.py::t[triton] PASSED", ""), None)
+    assert part.state == "out of time" and "not finished: test_1.py" in part.note
+
+
+def test_a_process_past_its_limit_is_ended_and_its_words_kept():
+    suite, since = Suite(60, dry=True), time.monotonic()
+    done = suite.python("-c", "import time; print('begun', flush=True); time.sleep(60)", limit=1)
+    assert done.code is None and done.out == "begun\n" and time.monotonic() - since < 20
+
+
+def test_a_part_leaves_the_later_ones_their_shares(capsys):
+    limits = []
+    suite = Suite(gpu_suite.BUDGET, dry=True)
+    suite.part("build", lambda suite, limit, part: limits.append(limit))
+    assert limits[0] == pytest.approx(gpu_suite.SHARES["build"], abs=1)
+    late = Suite(0.5, True, ["sanitizer"])
+    late.part("sanitizer", lambda *_: pytest.fail("begun without time"))
+    assert late.parts[0].state == "not run" and late.parts[0].note == "no time left"
+    assert "sanitizer: not run" in capsys.readouterr().out
+
+
+CHILD = """import json, sys
+ops = sys.argv[sys.argv.index("--only") + 1 :] if "--only" in sys.argv else ["a", "b", "c"]
+ops = [op for op in ops if op != "--dry-run"]
+print(json.dumps({"about": {"device": "x"}, "order": ops}), flush=True)
+for op in ops:
+    print(json.dumps({"begin": op}), flush=True)
+    if op == "b":
+        sys.exit("the device is lost")
+    print(json.dumps({"row": {"op": op, "case": "", "ms": 1.0, "notes": {}}}), flush=True)
+"""
+
+
+def test_operations_after_one_that_ends_the_process_still_run(tmp_path, monkeypatch):
+    (tmp_path / "gpu_ops.py").write_text(CHILD)
+    monkeypatch.setattr(gpu_suite, "BENCH", tmp_path)
+    suite, part = Suite(60, dry=True), Part("operations")
+    gpu_suite.operations(suite, 60, part)
+    assert [row["op"] for row in suite.rows] == ["a", "c"]
+    assert part.state == "failed" and part.note == "ended in b: the device is lost"
