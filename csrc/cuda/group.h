@@ -22,19 +22,20 @@
 #if defined(__CUDACC__)
 namespace finf::cuda {
 
-// WIDTH neighbours of a warp, all of which come along.
+// WIDTH neighbours of a warp. Other lanes of the warp may be elsewhere meanwhile: only the group's own are waited for.
 template <int WIDTH>
 struct Lanes {
+    __device__ static unsigned mask() { return WIDTH == 32 ? ~0u : ((1u << WIDTH % 32) - 1) << (threadIdx.x % 32 & -WIDTH); }
     __device__ int rank() const { return threadIdx.x % WIDTH; }
     __device__ static constexpr int size() { return WIDTH; }
 
     template <class T>
     __device__ T sum(T x) const {
-        for (int step = WIDTH / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step, WIDTH);
+        for (int step = WIDTH / 2; step > 0; step /= 2) x += __shfl_xor_sync(mask(), x, step, WIDTH);
         return x;
     }
     __device__ float max(float x) const {
-        for (int step = WIDTH / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step, WIDTH));
+        for (int step = WIDTH / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(mask(), x, step, WIDTH));
         return x;
     }
 };
