@@ -121,5 +121,5 @@ def test_unknown_names(fresh):
     with pytest.raises(ValueError, match=r"op: wanted one of cross_entropy_delta, .* got 'softmax'"):
         ops.faces("softmax")
     fresh.setenv("FINF_BACKEND", "gpu")
-    with pytest.raises(ValueError, match=r"FINF_BACKEND: wanted one of auto, cpp, reference, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"FINF_BACKEND: wanted one of auto, cpp, cuda, reference, got 'gpu'"):
         ops.segment_sum(Z, torch.tensor([0, 5]))

@@ -63,16 +63,17 @@ void squared_error_delta(int device, uintptr_t stream, uintptr_t p, int p_dtype,
 
 void topk_merge(int device, uintptr_t stream, uintptr_t values, uintptr_t indices, uintptr_t scores, int scores_dtype,
                 int64_t scores_stride_q, int64_t start, int64_t Q, int64_t K, int64_t S) {
-    finf::cuda::topk_merge({memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
-                            finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K,
-                            S},
-                           place(device, stream));
+    finf::cuda::topk_merge(
+        {memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
+         finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K, S},
+        place(device, stream));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-    module.doc() = "CUDA kernels of finf_fast. Addresses on the device, of first elements; sizes and strides in elements.";
+    module.doc() =
+        "CUDA kernels of finf_fast. Addresses on the device, of first elements; sizes and strides in elements.";
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
     module.def("cross_entropy_delta", cross_entropy_delta, unlocked, "device"_a, "stream"_a, "z"_a, "z_dtype"_a,

@@ -25,7 +25,9 @@ namespace finf::cuda {
 // WIDTH neighbours of a warp. Other lanes of the warp may be elsewhere meanwhile: only the group's own are waited for.
 template <int WIDTH>
 struct Lanes {
-    __device__ static unsigned mask() { return WIDTH == 32 ? ~0u : ((1u << WIDTH % 32) - 1) << (threadIdx.x % 32 & -WIDTH); }
+    __device__ static unsigned mask() {
+        return WIDTH == 32 ? ~0u : ((1u << WIDTH % 32) - 1) << (threadIdx.x % 32 & -WIDTH);
+    }
     __device__ int rank() const { return threadIdx.x % WIDTH; }
     __device__ static constexpr int size() { return WIDTH; }
 
