@@ -15,9 +15,9 @@ constexpr int64_t NARROW = 8 * 32 * COLUMNS;
 // Queries that share one pass over z; further ones find z in the second-level cache.
 constexpr int TOGETHER = 4;
 
-// Blocks that a multiprocessor should hold, so that enough loads are under way: 64 registers a thread at the most, 80
-// where queries go together and a thread has more loads of its own.
-constexpr int blocks_held(int queries) { return queries > 1 ? 3 : 4; }
+// Blocks that a multiprocessor should hold, so that enough loads are under way: 80 registers a thread at the most, 128
+// where queries go together and a thread has more loads of its own; with 64 and 80 some were spilled.
+constexpr int blocks_held(int queries) { return queries > 1 ? 2 : 3; }
 
 __device__ void check_target(const CrossEntropyDelta& op, int64_t n) {
     assert(op.target[n] == op.ignore_index || (op.target[n] >= 0 && op.target[n] < op.V));

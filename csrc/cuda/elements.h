@@ -58,6 +58,11 @@ FINF_ROW void load_columns(const T* row, int64_t v, int64_t V, bool aligned, flo
     }
 }
 
+// Sum of a lane's columns, always in this order.
+FINF_ROW float joined(const float (&x)[COLUMNS]) {
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
 // Columns from the 16-byte border at or before the row's first number to that number: 0 for a row that starts on one.
 template <class T>
 FINF_ROW int phase(const T* row) {

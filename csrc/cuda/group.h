@@ -26,7 +26,7 @@ namespace finf::cuda {
 template <int WIDTH>
 struct Lanes {
     __device__ static unsigned mask() {
-        return WIDTH == 32 ? ~0u : ((1u << WIDTH % 32) - 1) << (threadIdx.x % 32 & -WIDTH);
+        return WIDTH == 32 ? ~0u : ((1u << WIDTH % 32) - 1) << (threadIdx.x % 32 / WIDTH * WIDTH);
     }
     __device__ int rank() const { return threadIdx.x % WIDTH; }
     __device__ static constexpr int size() { return WIDTH; }

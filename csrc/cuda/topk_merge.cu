@@ -11,8 +11,9 @@ constexpr int THREADS = 256;
 // Twice what a block looks at together; 32 KiB of shared memory in double, of the 48 that need not be asked for.
 constexpr int ROOM = 2 * THREADS * GLANCE;
 
+// Two blocks to a multiprocessor, so that registers are not saved for more: queries are few.
 template <class T>
-__global__ void __launch_bounds__(THREADS) topk_merge_kernel(const TopKMerge op) {
+__global__ void __launch_bounds__(THREADS, 2) topk_merge_kernel(const TopKMerge op) {
     __shared__ double room[THREADS / 32];
     __shared__ T found[ROOM];
     __shared__ int64_t found_at[ROOM];

@@ -24,10 +24,6 @@ FINF_ROW float short_expm1(float x) {
     return x * fmaf(p, x, 1.0f);
 }
 
-FINF_ROW float joined(const float (&x)[COLUMNS]) {
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-}
-
 FINF_ROW float top_of(const float (&x)[COLUMNS]) {
     return fmaxf(fmaxf(fmaxf(x[0], x[4]), fmaxf(x[2], x[6])), fmaxf(fmaxf(x[1], x[5]), fmaxf(x[3], x[7])));
 }

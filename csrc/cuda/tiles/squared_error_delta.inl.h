@@ -14,10 +14,6 @@ FINF_ROW const T* error_row(const ErrorRows& x, int64_t q, int64_t n) {
     return static_cast<const T*>(x.first) + q * x.stride_q + n * x.stride_n;
 }
 
-FINF_ROW float joined_terms(const float (&x)[COLUMNS]) {
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-}
-
 // p - y into `gap`, and the sum of its squares.
 template <class P, class Y>
 FINF_ROW float take_gaps(const P* p, const Y* y, int64_t v, int64_t D, int start, float (&gap)[COLUMNS]) {
@@ -28,7 +24,7 @@ FINF_ROW float take_gaps(const P* p, const Y* y, int64_t v, int64_t D, int start
         gap[i] -= to[i];
         square[i] = gap[i] * gap[i];
     }
-    return joined_terms(square);
+    return joined(square);
 }
 
 template <class T>
@@ -36,7 +32,7 @@ FINF_ROW float take_change(const T* row, int64_t v, int64_t D, int start, const 
     float d[COLUMNS];
     load_columns(row, v, D, fits(row, start), 0.0f, d);
     for (int i = 0; i < COLUMNS; ++i) d[i] *= fmaf(2.0f, gap[i], d[i]);
-    return joined_terms(d);
+    return joined(d);
 }
 
 // Row n, and up to QUERIES of its changes from query `first` on.
