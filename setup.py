@@ -45,7 +45,7 @@ class Nvcc:
 
     def compile(self, source, folder):
         target = Path(folder) / f"{Path(source).stem}.cuda.o"
-        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", *self.targets()]
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas", *self.targets()]
         subprocess.run([self.program, "-c", source, "-o", str(target), *flags], check=True)
         return str(target)
 

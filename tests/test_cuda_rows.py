@@ -82,6 +82,19 @@ def test_cross_entropy_delta_of_different_dtypes_and_any_address(lanes, dtype, c
         check(ops.cross_entropy_delta, moved)
 
 
+@pytest.mark.parametrize("V", [1, 2, 8, 9, 300])
+@pytest.mark.parametrize("Q", [0, 1, 3])
+def test_cross_entropy_delta_of_any_size(lanes, V, Q):
+    check(ops.cross_entropy_delta, make_case(N=3, V=V, Q=Q))
+
+
+def test_cross_entropy_delta_of_rows_without_target(lanes):
+    case = make_case(N=3, V=20, Q=3)
+    case.target[1] = -100
+    base, delta = ops.cross_entropy_delta(case.z, case.dz, case.target)
+    assert base[1] == 0 and not delta[:, 1].any() and base[[0, 2]].all() and delta[:, [0, 2]].all()
+
+
 def test_cross_entropy_delta_logit_offset(lanes):
     case = make_case(step=1e-3)
     check(ops.cross_entropy_delta, replace(case, z=case.z + 1e4))
