@@ -53,7 +53,7 @@ SANITIZED := $(CURDIR)/build/sanitize
 SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 sanitize: $(VENV)/.installed
-	CFLAGS="$(SANITIZE)" $(BIN)/python -W ignore setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	FINF_CUDA=0 CFLAGS="$(SANITIZE)" $(BIN)/python -W ignore setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	export LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib && cd build/sanitize && \
 	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
@@ -78,12 +78,12 @@ bench: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info finf_fast/*.so

@@ -62,8 +62,8 @@ def test_one_version(distribution):
 
 
 def test_no_machine_flags(distribution):
-    (extension,) = distribution.ext_modules
-    assert [flag for flag in extension.extra_compile_args if flag.startswith(("-m", "-ffast"))] == []
+    flags = [flag for extension in distribution.ext_modules for flag in extension.extra_compile_args]
+    assert flags and not [flag for flag in flags if flag.startswith(("-m", "-ffast"))]
 
 
 def test_building_needs_no_torch():

@@ -16,13 +16,14 @@ __all__ = [
     "check_same_device",
     "check_shape",
     "check_targets",
+    "place",
     "result_dtype",
     "rows",
 ]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# How finf_fast._C is told the type behind a raw pointer.
+# How finf_fast._C and finf_fast._cuda are told the type behind a raw pointer.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -78,6 +79,11 @@ def result_dtype(*inputs: Tensor) -> torch.dtype:
 def rows(x: Tensor) -> Tensor:
     """`x` itself if its rows have no gaps, whatever lies between rows; otherwise a contiguous copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def place(x: Tensor) -> tuple[int, int]:
+    """Where a CUDA kernel on `x` runs, as finf_fast._cuda is told it: index of the device, address of its stream."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from finf_fast.ops.border import (
     check_rows,
     check_same_device,
     check_shape,
+    place,
     result_dtype,
     rows,
 )
@@ -137,7 +138,19 @@ def _run_cpp(z, dz, target, base, delta, ignore_index, label_smoothing):
     )
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_cuda(z, dz, target, base, delta, ignore_index, label_smoothing):
+    Q, N, V = dz.shape
+    dispatch.compiled_cuda().cross_entropy_delta(
+        *place(z),
+        *(z.data_ptr(), CODES[z.dtype], z.stride(0)),
+        *(dz.data_ptr(), CODES[dz.dtype], dz.stride(0), dz.stride(1)),
+        target.data_ptr(),
+        *(base.data_ptr(), delta.data_ptr(), delta.stride(0)),
+        *(N, V, Q, ignore_index, label_smoothing),
+    )
+
+
+_FACES = {"cpp": _run_cpp, "cuda": _run_cuda, "reference": _run_reference}
 
 
 @register(

@@ -59,19 +59,28 @@ _GPU = Face(("cuda",), (torch.float32, torch.bfloat16))
 
 # Faces in order of preference: what is listed first is fastest where it runs at all.
 TABLE: dict[str, dict[str, Face]] = {
-    "cross_entropy_delta": {"cpp": _SHORT, "reference": _ANY},
+    "cross_entropy_delta": {"cpp": _SHORT, "cuda": _GPU, "reference": _ANY},
     "activation_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "attention_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "group_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "linear_cross_entropy_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "linear_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
-    "noise": {"cpp": Face(("cpu",), (torch.int64,)), "reference": Face(None, (torch.int64,))},
+    "noise": {
+        "cpp": Face(("cpu",), (torch.int64,)),
+        "cuda": Face(("cuda",), (torch.int64,)),
+        "reference": Face(None, (torch.int64,)),
+    },
     "rms_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
-    "segment_sum": {"cpp": Face(("cpu",), (torch.float32, torch.float64)), "reference": _ANY},
-    "squared_error_delta": {"cpp": _SHORT, "reference": _ANY},
+    "segment_sum": {
+        "cpp": Face(("cpu",), (torch.float32, torch.float64)),
+        "cuda": Face(("cuda",), (torch.float32, torch.float64)),
+        "reference": _ANY,
+    },
+    "squared_error_delta": {"cpp": _SHORT, "cuda": _GPU, "reference": _ANY},
     "topk_merge": {
         "cpp": Face(("cpu",), (torch.float32, torch.float64)),
+        "cuda": Face(("cuda",), (torch.float32, torch.float64)),
         "reference": Face(None, (torch.float32, torch.float64)),
     },
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import check_dtype, check_shape
+from finf_fast.ops.border import check_dtype, check_shape, place
 from finf_fast.ops.register import register
 
 __all__ = ["noise", "uniform_integers"]
@@ -90,7 +90,17 @@ def _run_cpp(samples, seed, draw, shape):
     return out
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_cuda(samples, seed, draw, shape):
+    out, samples = _allocate(samples, seed, draw, shape), samples.contiguous()
+    dispatch.compiled_cuda().noise(
+        *place(samples),
+        *(seed, samples.data_ptr(), draw, out.data_ptr()),
+        *(len(samples), math.prod(shape)),
+    )
+    return out
+
+
+_FACES = {"cpp": _run_cpp, "cuda": _run_cuda, "reference": _run_reference}
 
 
 @register("noise", "(Tensor samples, int seed, int draw, SymInt[] shape) -> Tensor", _allocate)

@@ -14,6 +14,7 @@ from finf_fast.ops.border import (
     check_rows,
     check_same_device,
     check_shape,
+    place,
     result_dtype,
     rows,
 )
@@ -91,7 +92,18 @@ def _run_cpp(values, offsets, out):
     )
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_cuda(values, offsets, out):
+    (Q, N), S = values.shape, offsets.shape[0] - 1
+    dispatch.compiled_cuda().segment_sum(
+        *place(values),
+        *(values.data_ptr(), CODES[values.dtype], values.stride(0)),
+        offsets.data_ptr(),
+        *(out.data_ptr(), out.stride(0)),
+        *(Q, N, S),
+    )
+
+
+_FACES = {"cpp": _run_cpp, "cuda": _run_cuda, "reference": _run_reference}
 
 
 @register("segment_sum", "(Tensor values, Tensor offsets) -> Tensor", _allocate)

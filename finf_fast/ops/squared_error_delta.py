@@ -14,6 +14,7 @@ from finf_fast.ops.border import (
     check_rows,
     check_same_device,
     check_shape,
+    place,
     result_dtype,
     rows,
 )
@@ -103,7 +104,19 @@ def _run_cpp(p, dp, y, base, delta):
     )
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_cuda(p, dp, y, base, delta):
+    p, dp, y = rows(p), rows(dp), rows(y)
+    dispatch.compiled_cuda().squared_error_delta(
+        *place(p),
+        *(p.data_ptr(), CODES[p.dtype], p.stride(0)),
+        *(dp.data_ptr(), CODES[dp.dtype], dp.stride(0), dp.stride(1)),
+        *(y.data_ptr(), CODES[y.dtype], y.stride(0)),
+        *(base.data_ptr(), delta.data_ptr(), delta.stride(0)),
+        *(*p.shape, len(dp)),
+    )
+
+
+_FACES = {"cpp": _run_cpp, "cuda": _run_cuda, "reference": _run_reference}
 
 
 @register("squared_error_delta", "(Tensor p, Tensor dp, Tensor y) -> (Tensor, Tensor)", _allocate)

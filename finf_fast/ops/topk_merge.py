@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import CODES, check_dtype, check_same_device, check_shape, rows
+from finf_fast.ops.border import CODES, check_dtype, check_same_device, check_shape, place, rows
 from finf_fast.ops.register import register
 
 __all__ = ["topk_merge", "topk_merge_"]
@@ -90,7 +90,17 @@ def _run_cpp(values, indices, scores, start):
     )
 
 
-_FACES = {"cpp": _run_cpp, "reference": _run_reference}
+def _run_cuda(values, indices, scores, start):
+    (Q, S), K = scores.shape, values.shape[1]
+    dispatch.compiled_cuda().topk_merge(
+        *place(scores),
+        *(values.data_ptr(), indices.data_ptr()),
+        *(scores.data_ptr(), CODES[scores.dtype], scores.stride(0)),
+        *(start, Q, K, S),
+    )
+
+
+_FACES = {"cpp": _run_cpp, "cuda": _run_cuda, "reference": _run_reference}
 
 
 @register("topk_merge", "(Tensor values, Tensor indices, Tensor scores, int start) -> (Tensor, Tensor)", _allocate)

@@ -1,0 +1,147 @@
+"""The CUDA kernels' loops without a GPU: threads for lanes, behind the module's own border, against the same truth."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checks
+from checks import check, check_segment_sum, check_topk, make_case, shifted_target
+from finf_fast import ops
+from finf_fast.ops import dispatch
+
+pytestmark = pytest.mark.prove
+ROOT = Path(__file__).parent.parent
+OPS = ["cross_entropy_delta", "noise", "segment_sum", "squared_error_delta", "topk_merge"]
+FLOATS = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    """finf_fast._cuda, its kernels played by tests/cuda_rows.cpp."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("g++") or pytest.skip("no g++")
+    library = tmp_path_factory.mktemp("cuda") / "_cuda.so"
+    folders = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    sources = ["tests/cuda_rows.cpp", "csrc/cuda/bindings.cpp"]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
+    subprocess.run([compiler, *flags, *folders, *sources, "-o", str(library)], cwd=ROOT, check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    yield loaded
+    sys.modules.pop("_cuda", None)
+
+
+@pytest.fixture(params=[1, 8, 32], ids=lambda lanes: f"{lanes}-lanes")
+def lanes(request, module, monkeypatch):
+    """The face `cuda` of every operation takes CPU tensors and is forced."""
+    monkeypatch.setenv("FINF_BACKEND", "cuda")
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "compiled_cuda", lambda: module)
+    monkeypatch.setitem(dispatch._MISSING, "cuda", lambda: "")
+    for op in OPS:
+        monkeypatch.setitem(dispatch.TABLE[op], "cuda", replace(dispatch.TABLE[op]["cuda"], devices=("cpu",)))
+        monkeypatch.setattr(importlib.import_module(f"finf_fast.ops.{op}"), "place", lambda x: (request.param, 0))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("step", [30, 1, 1e-3, 1e-6])
+@pytest.mark.parametrize("lead", [0, 20])
+def test_cross_entropy_delta(lanes, dtype, step, lead):
+    check(ops.cross_entropy_delta, make_case(step=step, lead=lead, dtype=dtype))
+
+
+@pytest.mark.parametrize("by", [-60, -0.7, 3, 60])
+def test_cross_entropy_delta_target_alone_moves(lanes, by):
+    check(ops.cross_entropy_delta, shifted_target(make_case(step=1e-4, lead=12), by))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_cross_entropy_delta_label_smoothing(lanes, smoothing):
+    check(ops.cross_entropy_delta, make_case(step=1e-3, lead=12, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("change", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cross_entropy_delta_of_different_dtypes_and_any_address(lanes, dtype, change):
+    """Rows that begin anywhere between two borders of 16 bytes, the change's rows elsewhere than the value's."""
+    case = make_case(step=1e-2, lead=5, dtype=dtype, change=change)
+    for z, dz in [(0, 1), (3, 3), (5, 2)]:
+        moved = replace(case, z=shifted(case.z, z), dz=shifted(case.dz, dz))
+        check(ops.cross_entropy_delta, moved)
+
+
+@pytest.mark.parametrize("V", [1, 2, 8, 9, 300])
+@pytest.mark.parametrize("Q", [0, 1, 3])
+def test_cross_entropy_delta_of_any_size(lanes, V, Q):
+    check(ops.cross_entropy_delta, make_case(N=3, V=V, Q=Q))
+
+
+def test_cross_entropy_delta_of_rows_without_target(lanes):
+    case = make_case(N=3, V=20, Q=3)
+    case.target[1] = -100
+    base, delta = ops.cross_entropy_delta(case.z, case.dz, case.target)
+    assert base[1] == 0 and not delta[:, 1].any() and base[[0, 2]].all() and delta[:, [0, 2]].all()
+
+
+def test_cross_entropy_delta_logit_offset(lanes):
+    case = make_case(step=1e-3)
+    check(ops.cross_entropy_delta, replace(case, z=case.z + 1e4))
+
+
+def shifted(x, by):
+    """The same numbers `by` elements further into memory that was aligned."""
+    room = torch.empty(x.numel() + by, dtype=x.dtype)[by:].view(x.shape)
+    return room.copy_(x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [1, 7, 8, 300])
+def test_squared_error_delta(lanes, dtype, D):
+    p, dp, y = shifted(torch.randn(3, D).to(dtype), 3), torch.randn(5, 3, D) * 1e-4, torch.randn(3, D).to(dtype)
+    base, delta = ops.squared_error_delta(p, dp, y)
+    gap, d = p.double() - y.double(), dp.double()
+    terms = d * (2 * gap + d)
+    assert torch.allclose(base.double(), gap.square().sum(1), rtol=1e-6, atol=0)
+    assert ((delta - terms.sum(2)).abs() <= 1e-6 * terms.abs().sum(2)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_segment_sum_has_the_bits_of_the_cpu(lanes, dtype, monkeypatch):
+    values, offsets = torch.randn(3, 500, dtype=dtype), torch.tensor([1, 1, 8, 9, 30, 46, 400, 499])
+    check_segment_sum(ops.segment_sum, values, offsets)
+    here = ops.segment_sum(values, offsets)
+    monkeypatch.setenv("FINF_BACKEND", "cpp")
+    assert torch.equal(here, ops.segment_sum(values, offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("K", [1, 5, 70, 2000])
+def test_topk_merge(lanes, dtype, K):
+    scores = torch.randint(-20, 20, (2, 900)).to(dtype)
+    scores[:, ::7], scores[:, 3::50], scores[:, 5::90] = -torch.inf, torch.nan, -0.0
+    check_topk(ops.topk_merge, scores, K, cuts=(0, 3, 500))
+
+
+def test_noise_has_the_bits_of_the_cpu(lanes, monkeypatch):
+    samples = torch.tensor([0, 1, -5, 1 << 40])
+    here = [ops.noise(12345, samples, 7, (M,)) for M in (0, 1, 4, 8, 1003)]
+    monkeypatch.setenv("FINF_BACKEND", "cpp")
+    there = [ops.noise(12345, samples, 7, (M,)) for M in (0, 1, 4, 8, 1003)]
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_every_face_named_cuda_is_tested():
+    assert [op for op, row in sorted(dispatch.TABLE.items()) if "cuda" in row] == OPS
+    assert checks.face_dtypes("noise")  # the tests of the operations leave this face to a device
