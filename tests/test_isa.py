@@ -327,6 +327,27 @@ assert all(np.array_equal(a, b) for a, b in zip(want, test_isa.cross_entropy_del
 """
 
 
+ON_TORCHS_THREADS = """
+import os, ctypes, torch, test_isa
+if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+    raise SystemExit(5)
+torch.set_num_threads(2)
+torch.randn(1 << 20).exp_()
+before = len(os.listdir("/proc/self/task"))
+test_isa.cross_entropy_delta(*test_isa.draw(1000, 0, 1e-2, False, rows=1500), threads=2)
+after = len(os.listdir("/proc/self/task"))
+assert before == after, (before, after)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_runs_on_the_threads_that_torch_has():
+    done = in_process(ON_TORCHS_THREADS, None)
+    if done.returncode == 5:
+        pytest.skip("this torch brings no GCC OpenMP")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_starts_threads_of_its_own():
     done = in_process(FORKING, None)

@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -83,12 +84,27 @@ Pool& pool() {
     return *current.load();
 }
 
+// How GCC's OpenMP begins a region: a function, what it is given, the number of threads, flags.
+using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+const pid_t loaded_in = getpid();
+
+// The OpenMP that torch loaded for everybody, and none in a forked child, where its threads are gone and a region that
+// the parent's team once ran would wait for them for ever.
+Region torch_team() {
+    static const Region found = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return getpid() == loaded_in ? found : nullptr;
+}
+
 }  // namespace
 
 void parallel_for(int64_t tasks, int64_t threads, const std::function<void(int64_t)>& body) {
     const int64_t helpers = (threads < tasks ? threads : tasks) - 1;
     Job job(body, tasks);
-    if (helpers > 0) {
+    const Region team = helpers > 0 ? torch_team() : nullptr;
+    if (team) {
+        team([](void* all) { static_cast<Job*>(all)->drain(); }, &job, static_cast<unsigned>(helpers + 1), 0);
+    } else if (helpers > 0) {
         pool().run(job, helpers);
     } else {
         job.drain();
