@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -17,12 +16,13 @@ from finf_fast import identity
 from finf_fast import loss as losses
 from finf_fast.corpus import Corpus, open_corpus
 from finf_fast.engines import ENGINES, choose_engine
-from finf_fast.loss import Loss, Result
+from finf_fast.loss import Loss
 from finf_fast.mirrors import mirrors_of
-from finf_fast.planning import Probe, free_bytes, make_plan, out_of_memory
+from finf_fast.planning import free_bytes, make_plan
 from finf_fast.progress import Progress
-from finf_fast.records import BadSample, Block, NonFiniteLoss
-from finf_fast.scores import Scores, Store, open_store
+from finf_fast.ragged import width
+from finf_fast.scores import Scores, open_store
+from finf_fast.scoring import Scorer
 from finf_fast.skeleton import vocabulary
 from finf_fast.staging import stage
 from finf_fast.transfer import rows, to_device
@@ -90,7 +90,7 @@ def sweep(
     store = open_store(
         out,
         identity.of(model, updates, corpus, loss, {**runner.settings(), "nonfinite": nonfinite}),
-        make_plan(found, start, stop, device, batch_size, chosen.reason, runner.rows),
+        make_plan(found, start, stop, device, batch_size, chosen.reason, runner.rows, width(sample, loss)),
         queries=len(updates),
         dtype=str(runner.score_dtype).removeprefix("torch."),
         tokens=found.tokens if per_token else None,
@@ -99,14 +99,13 @@ def sweep(
         corpus_samples=len(corpus),
         resume=resume,
     )
-    sweeper = _Sweeper(runner, corpus, store, found, vocabulary(model), nonfinite)
     with store, identity.threads(store.plan.threads), Progress(store.plan.samples, "sweep", progress) as bar:
         bar.advance(store.scored)
+        scorer = Scorer(runner, corpus, store, found, vocabulary(model), nonfinite, bar.advance)
         with closing(stage(corpus, store.plan, store.missing())) as blocks:
-            for block in blocks:
-                sweeper.write(block)
-                bar.advance(len(block))
-        return store.finish(sweeper.record())
+            for block in scorer.clock.waiting(blocks):
+                scorer.write(block)
+        return store.finish(scorer.record())
 
 
 def forward_inf(
@@ -151,98 +150,6 @@ def forward_inf(
     with Progress(0, "mirror steps", None if callable(progress) else progress) as bar:
         updates = mirrors_of(model, queries, on_done=bar.reach, **given, **(options or {}))
     return sweep(model, updates, corpus, loss=loss, progress=progress, **settings)
-
-
-class _Sweeper:
-    """Takes a block through device, model and loss into the store."""
-
-    def __init__(self, runner: Any, corpus: Corpus, store: Store, found: Probe, vocabulary: int | None, nonfinite: str):
-        self._runner, self._corpus, self._store = runner, corpus, store
-        self._limits, self._nonfinite, self._tokens = (found.outputs, vocabulary), nonfinite, found.tokens
-        self._since, self._samples, self._empty = time.monotonic(), 0, 0
-
-    def write(self, block: Block) -> None:
-        """Checks, scores and stores one block; nothing of a bad one is written."""
-        try:
-            self._runner.loss.check(block.batch, *self._limits)
-        except BadSample as error:
-            sample = block.start + error.row
-            raise BadSample(f"sample {sample} ({self._corpus.locate(sample)}): {error}", error.row) from None
-        result = self._score(block)
-        if self._nonfinite == "raise":
-            self._require_finite(result, block)
-        if result.empty is not None:
-            self._empty += int(result.empty.sum())
-        self._samples += len(block)
-        self._require_tokens(result)
-        self._store.write(block.number, *_on_disk(result, self._runner.score_dtype))
-
-    def record(self) -> dict[str, Any]:
-        """How the run went, for the manifest."""
-        seconds = time.monotonic() - self._since
-        return {
-            **self._runner.record(),
-            "corpus": self._corpus.describe(),
-            "seconds": round(seconds, 3),
-            "samples_scored": self._samples,
-            "samples_without_target": self._empty,
-        }
-
-    def _score(self, block: Block) -> Result:
-        """The block's result, in smaller forwards from here on if memory runs out."""
-        while True:
-            size = self._store.plan.forward_size(block.number)
-            try:
-                parts = [self._part(block, first, first + size) for first in range(0, len(block), size)]
-                return parts[0] if len(parts) == 1 else _joined(parts)
-            except IndexError as error:
-                self._name_the_sample(block, error)
-            except Exception as error:
-                if not out_of_memory(error) or size == 1:
-                    raise
-                halved = max(1, min(size, len(block)) // 2)
-            self._store.halve(block.number, halved)
-
-    def _part(self, block: Block, first: int, last: int) -> Result:
-        return self._runner.score(to_device(rows(block.batch, first, last), self._runner.device))
-
-    def _name_the_sample(self, block: Block, error: IndexError) -> None:
-        """Raises for the sample that made the model look outside a table (an embedding of the user's own)."""
-        for row in range(len(block)):
-            try:
-                self._part(block, row, row + 1)
-            except IndexError as alone:
-                sample = block.start + row
-                raise BadSample(f"sample {sample} ({self._corpus.locate(sample)}): {alone}", row) from error
-        raise error
-
-    def _require_tokens(self, result: Result) -> None:
-        held = self._tokens
-        if result.token_base is not None and result.token_base.shape[1] > held:
-            got = result.token_base.shape[1]
-            raise ValueError(f"per_token: room was made for {held} tokens a sample, as the first ones have, got {got}")
-
-    def _require_finite(self, result: Result, block: Block) -> None:
-        bad = ~torch.isfinite(result.base) | ~torch.isfinite(result.delta).all(0)
-        if result.empty is not None:
-            bad &= ~result.empty
-        if not bool(bad.any()):
-            return
-        row = int(bad.nonzero()[0, 0])
-        sample, base = block.start + row, float(result.base[row])
-        query = (
-            int((~torch.isfinite(result.delta[:, row])).nonzero()[0, 0])
-            if base == base and abs(base) != float("inf")
-            else None
-        )
-        found = (
-            f"loss before the step is {base}"
-            if query is None
-            else f"loss after the step of query {query} is not finite"
-        )
-        raise NonFiniteLoss(
-            f"sample {sample} ({self._corpus.locate(sample)}): {found}; nonfinite='keep' would keep it in the scores"
-        )
 
 
 def _checked(model: nn.Module, updates: Sequence[Update], engine: str, nonfinite: str) -> list[Update]:
@@ -298,21 +205,3 @@ def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted one this torch can reach, got {place} without CUDA")
     return place
-
-
-def _joined(parts: list[Result]) -> Result:
-    """Results of consecutive samples as one."""
-    first = parts[0]
-    return Result(
-        torch.cat([part.base for part in parts]),
-        torch.cat([part.delta for part in parts], 1),
-        None if first.empty is None else torch.cat([part.empty for part in parts]),
-        None if first.token_base is None else torch.cat([part.token_base for part in parts]),
-        None if first.token_delta is None else torch.cat([part.token_delta for part in parts], 1),
-    )
-
-
-def _on_disk(result: Result, dtype: torch.dtype) -> tuple[Any, ...]:
-    """base (B,), delta (B, Q), and the tokens' (B, L), (B, L, Q): sample-major, on the CPU, in the sweep's dtype."""
-    tokens = () if result.token_base is None else (result.token_base, result.token_delta.movedim(0, -1))
-    return tuple(t.to("cpu", dtype).numpy() for t in (result.base, result.delta.mT, *tokens))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finf_fast.loss import mapped
+from finf_fast.ragged import FORWARDS
 from finf_fast.records import Plan
 
 SHARE = (
@@ -25,6 +26,7 @@ CPU_BYTES = 256 << 20  # beyond it a forward on a CPU only leaves the caches beh
 # What a sample's own bytes cost: three blocks are under way (two staged, one at work), each through a few temporaries
 # when decoded. With it a 3072-input net takes 1024 images a forward; 4096 ran at a third of that speed (page faults).
 INPUT_COPIES = 16
+WINDOW_BYTES = 64 << 20  # of a window's staged samples; three are under way
 MOST = 4096  # samples in a forward; small models gain nothing beyond, and a block is what an interruption can lose
 
 
@@ -34,13 +36,14 @@ class Probe:
 
     Attributes:
         bytes: of all tensors that one forward makes for one sample, the output's change and the staged input
-        included: an
-            upper bound of its need.
+            included: an upper bound of its need.
+        inputs: bytes of the sample itself.
         outputs: width V of the output (its last dimension).
         tokens: rows of output a sample has, the L of (B, L, V); 1 for (B, V).
     """
 
     bytes: int
+    inputs: int
     outputs: int
     tokens: int
 
@@ -59,8 +62,9 @@ def probe(output: Callable[[Any], Tensor], sample: Any) -> Probe:
     if not torch.allclose(value, again, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ValueError("model: wanted the same output twice in eval mode, got two that differ (dropout left on?)")
     tokens = value[0, ..., 0].numel() if value.dim() > 1 else 1
-    held = watch.bytes + 2 * value.nbytes + INPUT_COPIES * _bytes(sample)
-    return Probe(held, value.shape[-1] if value.dim() > 1 else 1, tokens)
+    inputs = _bytes(sample)
+    held = watch.bytes + 2 * value.nbytes + INPUT_COPIES * inputs
+    return Probe(held, inputs, value.shape[-1] if value.dim() > 1 else 1, tokens)
 
 
 def _first_that_runs(output: Callable[[Any], Tensor], sample: Any) -> tuple[Any, Tensor, _Watch]:
@@ -88,6 +92,7 @@ def make_plan(
     batch_size: int | None,
     engine: str = "",
     rows: int = 1,
+    ragged: int = 0,
 ) -> Plan:
     """The plan of a sweep over samples ``[start, stop)``.
 
@@ -96,21 +101,36 @@ def make_plan(
         batch_size: samples per forward, or None to choose by memory.
         engine: why the engine is the one it is, for the plan's reason.
         rows: what the engine carries of a sample at once, 1 + Q in a stack.
+        ragged: tokens of the sample, where texts differ in length and a block is a window to sort them in; else 0.
 
     Raises:
         ValueError: ``batch_size`` below 1.
     """
-    threads, engine = torch.get_num_threads(), f"{_one_line(engine)}; " if engine else ""
+    engine = f"{_one_line(engine)}; " if engine else ""
     if batch_size is not None:
         if batch_size < 1:
             raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-        return Plan(start, stop, batch_size, threads=threads, reason=f"{engine}batch of {batch_size} as asked")
+        size, tokens, why = batch_size, None, f"batch of {batch_size} as asked"
+    else:
+        size, free = _fitting(found, device, rows)
+        tokens = size * ragged if ragged else None
+        named = f"{tokens} tokens" if ragged else str(size)
+        why = f"batch of {named}: {found.bytes / 2**20:.3g} MiB a sample, {free / 2**30:.3g} GiB free"
+    block, forward = size, None
+    if ragged:
+        block = max(size, min(FORWARDS * size, WINDOW_BYTES // max(1, found.inputs)))
+        forward = batch_size or min(block, MOST)
+        why += f", samples sorted by length in windows of {block}"
+    threads = torch.get_num_threads()
+    return Plan(start, stop, block, forward, tokens, threads=threads, reason=engine + why)
+
+
+def _fitting(found: Probe, device: torch.device, rows: int) -> tuple[int, int]:
+    """Samples that fit in a forward, a power of two, and the bytes that are free."""
     free = free_bytes(device)
     budget = free // SHARE if device.type != "cpu" else min(free // SHARE, rows * CPU_BYTES)
     fits = max(1, min(MOST, budget // max(1, found.bytes)))
-    size = 1 << (fits.bit_length() - 1)
-    need = f"{found.bytes / 2**20:.3g} MiB a sample, {free / 2**30:.3g} GiB free"
-    return Plan(start, stop, size, threads=threads, reason=f"{engine}batch of {size}: {need}")
+    return 1 << (fits.bit_length() - 1), free
 
 
 def _one_line(reason: str) -> str:

@@ -62,6 +62,8 @@ class Plan:
     Attributes:
         start, stop: the samples of this run (a shard), indices in the corpus.
         block: samples per block, the unit that is read, scored and flagged as done.
+        forward: samples per forward, at most; None for a whole block.
+        tokens: of texts of different lengths, tokens per forward, padding counted, at most; None for any number.
         halvings: ``(block number, samples per forward)`` from that block on; grows when memory runs out.
         threads: intra-op threads of torch; another count may round another way.
         reason: one line that says why it was planned so.
@@ -70,6 +72,8 @@ class Plan:
     start: int
     stop: int
     block: int
+    forward: int | None = None
+    tokens: int | None = None
     halvings: tuple[tuple[int, int], ...] = ()
     threads: int = 1
     reason: str = ""
@@ -88,8 +92,8 @@ class Plan:
         return start, min(start + self.block, self.stop)
 
     def forward_size(self, number: int) -> int:
-        """Samples per forward in this block: the block's size, or what memory allowed since an earlier block."""
-        size = self.block
+        """Samples per forward in this block: as planned, or what memory allowed since an earlier block."""
+        size = self.forward or self.block
         for first, halved in self.halvings:
             if number >= first:
                 size = halved

@@ -1,0 +1,180 @@
+"""Texts of different lengths: sorted, cut and trimmed; each score at its own sample's place, with the same value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import finf_fast as ff
+from finf_fast import ragged
+from finf_fast.corpus.collate import collate
+from finf_fast.delta import DeltaEngine
+from finf_fast.loss import resolve
+from nets import language_model
+
+LOSS = resolve("causal_lm")
+
+
+def texts(found, columns=None, **more):
+    """A padded batch of texts of these lengths."""
+    columns = max(found) if columns is None else columns
+    mask = (torch.arange(columns) < torch.tensor(found)[:, None]).long()
+    ids = torch.arange(1, 1 + mask.numel()).view(mask.shape) * mask
+    return {"input_ids": ids, "attention_mask": mask, **more}
+
+
+def parts(batch, size=100, tokens=None):
+    return list(ragged.parts(batch, LOSS, size, tokens))
+
+
+def test_each_sample_is_in_one_part_with_its_own_tokens():
+    batch = texts([5, 2, 9, 2, 7, 9, 1], labels=torch.randint(0, 5, (7, 9)))
+    batch["labels"][batch["attention_mask"] == 0] = -100
+    found = parts(batch, size=3)
+    assert sorted(torch.cat([part.rows for part in found]).tolist()) == list(range(7))
+    assert max(len(part) for part in found) <= 3 and len({part.batch["input_ids"].shape[1] for part in found}) > 2
+    for part in found:
+        columns = part.batch["input_ids"].shape[1]
+        for key, rows in part.batch.items():
+            assert torch.equal(rows, batch[key][part.rows, :columns])
+            assert (batch[key][part.rows, columns:] == (-100 if key == "labels" else 0)).all()
+
+
+def test_samples_of_one_length_keep_their_order():
+    assert [part.rows.tolist() for part in parts(texts([4] * 5), size=2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_forward_holds_so_many_tokens_and_a_longer_sample_goes_alone():
+    found = parts(texts([3, 3, 3, 3, 6, 6, 40]), tokens=12)
+    assert [tuple(part.batch["input_ids"].shape) for part in found] == [(4, 3), (2, 6), (1, 40)]
+
+
+def test_a_forward_ends_early_where_the_next_length_would_be_mostly_padding():
+    found = parts(texts([10] * 30 + [40] * 2), tokens=1300)
+    assert [len(part) for part in found] == [30, 2]
+    few = parts(texts([10] * 3 + [40] * 2), tokens=1300)  # but not while it is too small to be fast
+    assert [len(part) for part in few] == [5]
+    assert [len(part) for part in parts(texts([10] * 6 + [40] * 2), size=24)] == [6, 2]
+
+
+def test_labels_beyond_the_mask_are_not_cut():
+    labels = torch.full((2, 6), -100)
+    labels[1, 4] = 3
+    assert ragged.lengths(texts([2, 3], 6, labels=labels), LOSS).tolist() == [2, 5]
+
+
+def test_an_empty_text_has_a_column():
+    (part,) = parts(texts([0, 0], 4))
+    assert part.batch["input_ids"].shape == (2, 1)
+
+
+def test_padding_on_the_left_stays():
+    batch = {key: rows.flip(1) for key, rows in texts([2, 5]).items()}
+    assert ragged.lengths(batch, LOSS).tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss"),
+    [
+        (torch.zeros(3, 4, dtype=torch.int64), "causal_lm"),
+        ({"input_ids": torch.zeros(3, 4, dtype=torch.int64)}, "causal_lm"),
+        (texts([2, 4]), lambda model, batch: batch["input_ids"].sum(1)),
+        (texts([2, 4], bias=torch.zeros(2, 1, 4, 4)), "causal_lm"),
+        (texts([2, 4], weights=torch.zeros(2, 4)), "causal_lm"),
+        ({"x": torch.zeros(2, 4), "attention_mask": torch.ones(2, 4, 4, dtype=torch.int64)}, "causal_lm"),
+    ],
+    ids=["tensor", "no mask", "a loss of the user's", "a bias a pair of tokens", "numbers a token", "masks of pairs"],
+)
+def test_what_is_left_alone(batch, loss):
+    assert ragged.width(batch, resolve(loss)) == 0
+
+
+def test_what_is_sorted():
+    assert ragged.width(texts([2, 4]), LOSS) == 4
+    assert ragged.width(texts([2, 4], labels=torch.tensor([0, 1])), resolve("cross_entropy")) == 4
+
+
+def test_padding_of_a_window_is_under_three_percent():
+    lengths = torch.randn(64 * 16, generator=torch.Generator().manual_seed(0)).mul(0.8).add(5).exp().clamp(1, 2000)
+    batch = texts(lengths.int().tolist())
+    there = int(batch["attention_mask"].sum())
+    for size, tokens in ((16, None), (4096, 16 * 256)):
+        computed = sum(part.batch["input_ids"].numel() for part in parts(batch, size, tokens))
+        assert there <= computed < there / 0.97
+    unsorted = sum(16 * int(lengths[i : i + 16].max()) for i in range(0, len(lengths), 16))
+    assert unsorted > 1.5 * there  # what the samples as they come would have cost
+
+
+def updates_of(model, data):
+    return [ff.mirror(model, {k: v[None] for k, v in data[i].items()}, loss="causal_lm", lr=0.1) for i in (0, 4)]
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {}], ids=["four", "by memory"])
+def test_scores_stand_at_their_samples(settings):
+    """Against every sample by itself, which sees no padding and no neighbours."""
+    model, data = language_model(30)
+    updates = updates_of(model, data)
+    scores = ff.sweep(model, updates, data, loss="causal_lm", per_token=True, **settings)
+    alone = [ff.sweep(model, updates, [sample], loss="causal_lm", per_token=True) for sample in data]
+    np.testing.assert_allclose(scores.base, np.concatenate([one.base for one in alone]), rtol=1e-12)
+    np.testing.assert_allclose(scores.delta, np.concatenate([one.delta for one in alone], 1), rtol=1e-9, atol=1e-15)
+    for i, one in enumerate(alone):
+        tokens = len(data[i]["input_ids"])
+        np.testing.assert_allclose(scores.token_delta[:, i, :tokens], one.token_delta[:, 0], rtol=1e-9, atol=1e-15)
+        assert np.isnan(scores.token_delta[:, i, tokens:]).all()
+    there, computed = sum(len(sample["input_ids"]) for sample in data), scores.record["padding_percent"]
+    longest = 100 - 100 * there / (len(data) * max(len(sample["input_ids"]) for sample in data))
+    assert (0 <= computed < 5 < longest) if settings else computed == pytest.approx(longest, abs=0.01)
+
+
+def test_the_plan_says_so():
+    model, data = language_model(30)
+    plan = ff.sweep(model, updates_of(model, data), data, loss="causal_lm", batch_size=4).manifest["plan"]
+    assert (plan["block"], plan["forward"], plan["tokens"]) == (256, 4, None)
+    assert "samples sorted by length in windows of 256" in plan["reason"]
+
+
+def test_memory_running_out_in_a_window(monkeypatch):
+    model, data = language_model(30)
+    updates, real, counted = updates_of(model, data), DeltaEngine.score, []
+    whole = ff.sweep(model, updates, data, loss="causal_lm", batch_size=8)
+
+    def tight(self, batch):
+        if batch["input_ids"].shape[1] > 5 and len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return real(self, batch)
+
+    monkeypatch.setattr(DeltaEngine, "score", tight)
+    scores = ff.sweep(
+        model, updates, data, loss="causal_lm", batch_size=8, progress=lambda done, _: counted.append(done)
+    )
+    np.testing.assert_allclose(scores.delta, whole.delta, atol=1e-14)
+    assert scores.manifest["plan"]["halvings"][-1] == [0, 2]
+    assert counted[-1] == 30 and max(counted) == 30
+
+
+def test_a_window_that_was_interrupted_is_done_again_with_the_same_bits(tmp_path):
+    model, data = language_model(600)
+    updates = updates_of(model, data)
+    settings = {"loss": "causal_lm", "batch_size": 4, "dtype": torch.float32}
+    ff.sweep(model, updates, data, out=tmp_path / "whole", **settings)
+
+    def stop(done, total):
+        if done > 300:  # inside the second window of 256
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ff.sweep(model, updates, data, out=tmp_path / "part", progress=stop, **settings)
+    partial = ff.Scores.open(tmp_path / "part", partial=True)
+    assert np.isfinite(np.delete(partial.base[:256], 7)).all() and np.isnan(partial.base[256:]).all()
+    ff.sweep(model, updates, data, out=tmp_path / "part", **settings)
+    for name in ("base.npy", "delta.npy"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_padded_batch_of_the_user_s_own(tmp_path):
+    model, data = language_model(20)
+    updates = updates_of(model, data)
+    given = ff.sweep(model, updates, collate(data), loss="causal_lm", batch_size=4)
+    np.testing.assert_allclose(given.delta, ff.sweep(model, updates, data, loss="causal_lm").delta, atol=1e-13)
