@@ -1,5 +1,5 @@
-// The border with Python, and with csrc/cuda/bindings.cpp the only file that knows pybind11: addresses come in as whole numbers, and the
-// interpreter's lock is let go while a loop runs.
+// The border with Python, and with csrc/cuda/bindings.cpp the only file that knows pybind11: addresses come in as whole
+// numbers, and the interpreter's lock is let go while a loop runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
