@@ -13,6 +13,7 @@ from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.dataset import DatasetCorpus
 from finf_fast.corpus.idx import IdxCorpus
 from finf_fast.corpus.npy import NpyCorpus
+from finf_fast.corpus.reading import Reading, adopting
 from finf_fast.corpus.recognise import is_path, map_labels, recognise
 from finf_fast.corpus.tokens import TokenCorpus
 
@@ -21,9 +22,9 @@ __all__ = ["Corpus", "open_corpus"]
 FORMATS = {corpus.format: corpus for corpus in (ArrayCorpus, NpyCorpus, TokenCorpus, IdxCorpus, DatasetCorpus)}
 OPTIONS = {
     "arrays": {"labels"},
-    "npy": {"labels", "mean", "std", "layout"},
+    "npy": {"labels", "mean", "std", "layout", "dtype"},
     "tokens": {"window", "stride", "dtype", "header"},
-    "idx": {"labels", "mean", "std", "layout", "cache"},
+    "idx": {"labels", "mean", "std", "layout", "dtype", "cache"},
     "dataset": {"collate_fn"},
 }
 
@@ -43,6 +44,7 @@ def open_corpus(
     transform: Any = None,
     collate_fn: Any = None,
     cache: str | os.PathLike | None = None,
+    io: str = "auto",
 ) -> Corpus:
     """Open training data without copying it; headers, sizes, shapes and dtypes are checked here, values as they stream.
 
@@ -60,10 +62,12 @@ def open_corpus(
         format: one of these five names, where the source alone does not tell.
         labels: (S,) integers: a path to ``.npy`` or IDX, or an array; delivered as int64.
         window, stride, dtype, header: of token files; see :class:`TokenCorpus`.
-        mean, std, layout: of pixels; see :class:`Pixels`.
+        mean, std, layout: of pixels; see :class:`Pixels`. ``dtype`` of pixels is what they are delivered as.
         transform: callable on each decoded batch; it returns a batch of as many samples.
         collate_fn: how a dataset's samples are joined; default as DataLoader does, dicts padded.
         cache: folder for unpacked IDX files.
+        io: how files are read: ``"map"``, ``"read"``, or ``"auto"``, which tries both on the first blocks, and reads
+            what lies behind a network; ``describe()`` says which and why.
 
     Returns:
         Corpus: with ``len``, ``read(start, stop)``, ``corpus[i]``, ``fingerprint``, ``describe()``, ``locate(i)``.
@@ -79,10 +83,22 @@ def open_corpus(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(source, Corpus):
-        _require_no_options(given if transform is None else {**given, "transform": transform}, format)
+        others = {"transform": transform, "io": None if io == "auto" else io}
+        _require_no_options({**given, **{name: v for name, v in others.items() if v is not None}}, format)
         return source
     if format is not None and format not in FORMATS:
         raise ValueError(f"format: wanted one of {sorted(FORMATS)} or None, got {format!r}")
+    reading = Reading(io)
+    with adopting(reading):
+        corpus = _opened(source, format, given, transform)
+    if reading.files:
+        corpus.reading = reading
+    elif io != "auto":
+        raise ValueError(f"io: wanted 'auto', for the format {corpus.format!r} reads no files, got {io!r}")
+    return corpus
+
+
+def _opened(source: Any, format: str | None, given: dict[str, Any], transform: Any) -> Corpus:
     name = format or recognise(source, given)
     source, given = _labels_apart(source, name, given)
     for option in given:

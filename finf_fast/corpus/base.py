@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from finf_fast.corpus.reading import Reading
+
 __all__ = ["Corpus"]
 
 
@@ -26,9 +28,11 @@ class Corpus(ABC):
     Attributes:
         format: which of the formats it is: ``"arrays"``, ``"npy"``, ``"tokens"``, ``"idx"`` or ``"dataset"``.
         transform: the callable applied to every batch after decoding, or None.
+        reading: how its files are read; None without files.
     """
 
     format: ClassVar[str]
+    reading: Reading | None = None
 
     def __init__(self, samples: int, transform: Callable[[Any], Any] | None = None):
         if samples < 1:
@@ -87,6 +91,7 @@ class Corpus(ABC):
             "shapes": tree_map(lambda t: list(t.shape[1:]), first),
             "dtypes": tree_map(lambda t: str(t.dtype).removeprefix("torch."), first),
             **self._notes(),
+            **({} if self.reading is None else self.reading.describe()),
         }
 
     def locate(self, index: int) -> str:
