@@ -65,6 +65,10 @@ class Corpus(ABC):
             require_rows(batch, stop - start, "transform")
         return batch
 
+    def lengths(self, start: int, stop: int) -> Any:
+        """(stop - start,) int64 tokens of these samples, where they differ; None where all have one shape."""
+        return None
+
     def __getitem__(self, index: int) -> Any:
         """One sample, decoded: the batch of one without its leading dimension; a negative index counts from the end."""
         index = self._position(index)
