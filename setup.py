@@ -66,7 +66,7 @@ class BuildExtension(build_ext):
 extensions = [
     Pybind11Extension(
         "finf_fast._C",
-        sources=sorted(["csrc/bindings.cpp", *glob("csrc/cpu/**/*.cpp", recursive=True)]),
+        sources=sorted(["csrc/bindings.cpp", *glob("csrc/cpu/**/*.cpp", recursive=True), *glob("csrc/io/*.cpp")]),
         depends=HEADERS,
         cxx_std=17,
         extra_compile_args=["-O3", "-Wall", "-Wextra"],

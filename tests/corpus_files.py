@@ -42,3 +42,23 @@ def flip_byte(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
+
+
+def megatron_bytes(
+    sequences: list[np.ndarray],
+    documents: list[int],
+    code: int,
+    *,
+    modes: bool = False,
+    pointers: list[int] | None = None,
+    lengths: list[int] | None = None,
+) -> tuple[bytes, bytes]:
+    """``P.idx`` and ``P.bin``: lengths in tokens, pointers in bytes, documents as the sequence each begins with."""
+    data = b"".join(sequence.tobytes() for sequence in sequences)
+    sizes = [len(sequence.tobytes()) for sequence in sequences]
+    pointers = [sum(sizes[:k]) for k in range(len(sizes))] if pointers is None else pointers
+    lengths = [len(sequence) for sequence in sequences] if lengths is None else lengths
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sequences), len(documents))
+    index += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(pointers)}q", *pointers)
+    index += struct.pack(f"<{len(documents)}q", *documents) + (bytes(len(sequences)) if modes else b"")
+    return index, data

@@ -169,4 +169,5 @@ def test_a_file_that_shrinks_is_an_error(flat):
     os.truncate(flat, 100)
     with pytest.raises(DamagedFile, match=r"train\.bin: shrank"):
         corpus.read(4, 6)
-    assert corpus.read(0, 5).shape == (5, 10)
+    with pytest.raises(DamagedFile, match=r"train\.bin: shrank from 206 to 100 bytes while it was read, at byte 0"):
+        corpus.read(0, 5)  # these windows are still there, but whose they are now nobody knows

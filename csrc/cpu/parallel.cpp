@@ -74,8 +74,7 @@ class Pool {
 
 // Threads do not survive a fork and a mutex may be forked while held, so a child leaves its parent's pool untouched
 // and makes its own. Pools are never destroyed: their threads may be waiting when the process ends.
-Pool& pool() {
-    static std::atomic<Pool*> current{nullptr};
+Pool& living(std::atomic<Pool*>& current) {
     Pool* seen = current.load();
     if (seen && seen->process == getpid()) return *seen;
     Pool* fresh = new Pool;
@@ -83,6 +82,8 @@ Pool& pool() {
     delete fresh;
     return *current.load();
 }
+
+std::atomic<Pool*> instead_of_torch{nullptr}, in_background{nullptr};
 
 // How GCC's OpenMP begins a region: a function, what it is given, the number of threads, flags.
 using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
@@ -105,7 +106,18 @@ void parallel_for(int64_t tasks, int64_t threads, const std::function<void(int64
     if (team) {
         team([](void* all) { static_cast<Job*>(all)->drain(); }, &job, static_cast<unsigned>(helpers + 1), 0);
     } else if (helpers > 0) {
-        pool().run(job, helpers);
+        living(instead_of_torch).run(job, helpers);
+    } else {
+        job.drain();
+    }
+    if (job.failure) std::rethrow_exception(job.failure);
+}
+
+void background_for(int64_t tasks, int64_t threads, const std::function<void(int64_t)>& body) {
+    const int64_t helpers = (threads < tasks ? threads : tasks) - 1;
+    Job job(body, tasks);
+    if (helpers > 0) {
+        living(in_background).run(job, helpers);
     } else {
         job.drain();
     }

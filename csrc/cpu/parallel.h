@@ -14,4 +14,8 @@ namespace finf {
 // exception stops the tasks not yet begun and is thrown here. The pool starts at first use, and again after a fork.
 void parallel_for(int64_t tasks, int64_t threads, const std::function<void(int64_t)>& body);
 
+// The same on threads of this module's own, which sleep while there is nothing to do, never on torch's: for what runs
+// beside a model. A second caller of torch's OpenMP would have a second team made, and the two would fight for cores.
+void background_for(int64_t tasks, int64_t threads, const std::function<void(int64_t)>& body);
+
 }  // namespace finf

@@ -1,6 +1,6 @@
 """Stage 1, disk: open training data where it lies, check it before any work, and hand out row ranges as batches.
 
-One format a page: arrays, npy, tokens, idx, dataset. This page only tells them apart.
+One format a page: arrays, npy, tokens, idx, cifar, megatron, datatrove, dataset. This page only tells them apart.
 """
 
 from __future__ import annotations
@@ -10,20 +10,32 @@ from typing import Any
 
 from finf_fast.corpus.arrays import ArrayCorpus
 from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.cifar import CifarCorpus, cifar_files
 from finf_fast.corpus.dataset import DatasetCorpus
+from finf_fast.corpus.datatrove import DatatroveCorpus
 from finf_fast.corpus.idx import IdxCorpus
+from finf_fast.corpus.joined import JoinedCorpus, paths_of
+from finf_fast.corpus.megatron import MegatronCorpus
 from finf_fast.corpus.npy import NpyCorpus
+from finf_fast.corpus.reading import Reading, adopting
 from finf_fast.corpus.recognise import is_path, map_labels, recognise
 from finf_fast.corpus.tokens import TokenCorpus
 
 __all__ = ["Corpus", "open_corpus"]
 
-FORMATS = {corpus.format: corpus for corpus in (ArrayCorpus, NpyCorpus, TokenCorpus, IdxCorpus, DatasetCorpus)}
+KINDS = (
+    *(ArrayCorpus, NpyCorpus, TokenCorpus, IdxCorpus, CifarCorpus),
+    *(MegatronCorpus, DatatroveCorpus, DatasetCorpus),
+)
+FORMATS = {corpus.format: corpus for corpus in KINDS}
 OPTIONS = {
     "arrays": {"labels"},
-    "npy": {"labels", "mean", "std", "layout"},
+    "npy": {"labels", "mean", "std", "layout", "dtype"},
     "tokens": {"window", "stride", "dtype", "header"},
-    "idx": {"labels", "mean", "std", "layout", "cache"},
+    "idx": {"labels", "mean", "std", "layout", "dtype", "cache"},
+    "cifar": {"mean", "std", "dtype"},
+    "megatron": {"sample", "max_length"},
+    "datatrove": {"max_length"},
     "dataset": {"collate_fn"},
 }
 
@@ -37,12 +49,15 @@ def open_corpus(
     stride: int | None = None,
     dtype: str | None = None,
     header: int | None = None,
+    sample: str | None = None,
+    max_length: int | None = None,
     mean: Any = None,
     std: Any = None,
     layout: str | None = None,
     transform: Any = None,
     collate_fn: Any = None,
     cache: str | os.PathLike | None = None,
+    io: str = "auto",
 ) -> Corpus:
     """Open training data without copying it; headers, sizes, shapes and dtypes are checked here, values as they stream.
 
@@ -53,17 +68,24 @@ def open_corpus(
             * npy: a path to an ``.npy`` file of pixels or floats, its labels in ``labels``, or both paths in a tuple;
             * tokens: a path to a flat file of uint16 or uint32 tokens (nanoGPT, llm.c 1 and 7, one-dimensional
               ``.npy``), with ``window``;
+            * megatron: a path to ``P.idx`` or ``P.bin`` of Megatron, NeMo or GPT-NeoX;
+            * datatrove: a path to ``X.ds``, its ends in ``X.ds.index``;
             * idx: a path to an IDX file, ``.gz`` too, its labels in ``labels``, or a folder with MNIST's training pair;
+            * cifar: a path to a binary CIFAR file, or a folder with the training ones;
             * dataset: any map-style torch Dataset or sequence of samples, read one by one.
 
-            A corpus that is open already is handed back.
-        format: one of these five names, where the source alone does not tell.
+            A list of paths of one format, or a pattern (``"part-*.bin"``, its files by name), is one corpus. A corpus
+            that is open already is handed back.
+        format: one of these names, where the source alone does not tell.
         labels: (S,) integers: a path to ``.npy`` or IDX, or an array; delivered as int64.
         window, stride, dtype, header: of token files; see :class:`TokenCorpus`.
-        mean, std, layout: of pixels; see :class:`Pixels`.
+        sample, max_length: of documents; see :class:`MegatronCorpus` and :class:`DocumentCorpus`.
+        mean, std, layout: of pixels; see :class:`Pixels`. ``dtype`` of pixels is what they are delivered as.
         transform: callable on each decoded batch; it returns a batch of as many samples.
         collate_fn: how a dataset's samples are joined; default as DataLoader does, dicts padded.
         cache: folder for unpacked IDX files.
+        io: how files are read: ``"map"``, ``"read"``, or ``"auto"``, which tries both on the first blocks, and reads
+            what lies behind a network; ``describe()`` says which and why.
 
     Returns:
         Corpus: with ``len``, ``read(start, stop)``, ``corpus[i]``, ``fingerprint``, ``describe()``, ``locate(i)``.
@@ -75,14 +97,30 @@ def open_corpus(
     """
     given = {
         "labels": labels, "window": window, "stride": stride, "dtype": dtype, "header": header,
+        "sample": sample, "max_length": max_length,
         "mean": mean, "std": std, "layout": layout, "collate_fn": collate_fn, "cache": cache,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(source, Corpus):
-        _require_no_options(given if transform is None else {**given, "transform": transform}, format)
+        others = {"transform": transform, "io": None if io == "auto" else io}
+        _require_no_options({**given, **{name: v for name, v in others.items() if v is not None}}, format)
         return source
     if format is not None and format not in FORMATS:
         raise ValueError(f"format: wanted one of {sorted(FORMATS)} or None, got {format!r}")
+    reading = Reading(io)
+    with adopting(reading):
+        corpus = _opened(source, format, given, transform)
+    if reading.files:
+        corpus.reading = reading
+    elif io != "auto":
+        raise ValueError(f"io: wanted 'auto', for the format {corpus.format!r} reads no files, got {io!r}")
+    return corpus
+
+
+def _opened(source: Any, format: str | None, given: dict[str, Any], transform: Any) -> Corpus:
+    paths = _files(source, format, given)
+    if paths is not None:
+        return JoinedCorpus([_opened(path, format, given, None) for path in paths], transform)
     name = format or recognise(source, given)
     source, given = _labels_apart(source, name, given)
     for option in given:
@@ -91,6 +129,15 @@ def open_corpus(
                 f"{option}: wanted None, for the format {name!r} takes {sorted(OPTIONS[name])}, got a value"
             )
     return FORMATS[name](source, **given, transform=transform)
+
+
+def _files(source: Any, format: str | None, given: dict[str, Any]) -> list[str] | None:
+    """The files that are one corpus together; None where the source is one of its own, (features, labels) too."""
+    if is_path(source) and os.path.isdir(source) and format in (None, "cifar"):
+        return cifar_files(source) or None
+    paths = paths_of(source)
+    pair = isinstance(source, list) and (format or recognise(source, given)) in ("npy", "idx")
+    return None if pair else paths
 
 
 def _require_no_options(given: dict[str, Any], format: str | None) -> None:

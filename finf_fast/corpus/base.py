@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from finf_fast.corpus.reading import Reading
+
 __all__ = ["Corpus"]
 
 
@@ -26,9 +28,11 @@ class Corpus(ABC):
     Attributes:
         format: which of the formats it is: ``"arrays"``, ``"npy"``, ``"tokens"``, ``"idx"`` or ``"dataset"``.
         transform: the callable applied to every batch after decoding, or None.
+        reading: how its files are read; None without files.
     """
 
     format: ClassVar[str]
+    reading: Reading | None = None
 
     def __init__(self, samples: int, transform: Callable[[Any], Any] | None = None):
         if samples < 1:
@@ -61,6 +65,10 @@ class Corpus(ABC):
             require_rows(batch, stop - start, "transform")
         return batch
 
+    def lengths(self, start: int, stop: int) -> Any:
+        """(stop - start,) int64 tokens of these samples, where they differ; None where all have one shape."""
+        return None
+
     def __getitem__(self, index: int) -> Any:
         """One sample, decoded: the batch of one without its leading dimension; a negative index counts from the end."""
         index = self._position(index)
@@ -87,6 +95,7 @@ class Corpus(ABC):
             "shapes": tree_map(lambda t: list(t.shape[1:]), first),
             "dtypes": tree_map(lambda t: str(t.dtype).removeprefix("torch."), first),
             **self._notes(),
+            **({} if self.reading is None else self.reading.describe()),
         }
 
     def locate(self, index: int) -> str:

@@ -1,8 +1,8 @@
-"""Files opened for reading only, by mapping: nothing is copied at opening and the user's bytes are never written.
+"""Files opened for reading only: the user's bytes are never written, and nothing that a disk does ends the process.
 
-A mapped file that shrinks would kill the process at the next touch, so each range is checked, and its pages are brought
-in by a call that can fail politely, before anybody looks at them; they are let go right after, so that the memory
-of a sweep does not grow with the file.
+Every reading is checked twice. Before it, that the file is as long as it has to be; its bytes then come by calls that
+can fail politely. After it, that the file is still the one that was opened: what was read from one that shrank, grew,
+was written to, deleted or replaced meanwhile belongs to no corpus, and is not handed out.
 """
 
 from __future__ import annotations
@@ -12,27 +12,35 @@ import math
 import mmap
 import os
 import stat
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from finf_fast.corpus.digest import WHOLE, digest_rows
+from finf_fast.corpus.reading import reading_of_new_files, timed
 from finf_fast.records import DamagedFile
 
 __all__ = ["MappedArray", "MappedFile"]
 
 MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it
+# Files held open at a time, of the 100,000 that a corpus may have: a process may open 1024, and on some file systems
+# 590 maps are the limit.
+MOST_OPEN = 128
 Decoded = TypeVar("Decoded")
 
 
 class MappedFile:
-    """One regular file, mapped read-only.
+    """One regular file, looked at through mapped or copied memory, whichever its corpus has chosen.
 
     Args:
-        path: the file to map.
+        path: the file.
         name: what messages call it, where that is not the path (an unpacked copy is called by its archive).
 
     Raises:
@@ -43,13 +51,19 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike, name: str | None = None):
         self.path = os.fspath(path)
         self.name = name or self.path
+        self._place = os.path.abspath(path)  # the working directory may change
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"source: wanted a regular file, got {self.name!r}")
-        with open(path, "rb") as handle:
-            status = os.fstat(handle.fileno())
-            self.size, self.changed_ns = status.st_size, status.st_mtime_ns
-            # An empty file cannot be mapped; the format's header check says what is wrong with it.
-            self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        self.reading = reading_of_new_files()
+        self._opened: _Opened | None = None
+        opened = self._open()
+        status = os.fstat(opened.descriptor)
+        self.size, self.changed_ns = status.st_size, status.st_mtime_ns
+        self._same_as = _identity(status)
+        # Some network file systems number their files anew; there the time of change has to do.
+        self._numbered = not _on_network(opened.descriptor)
+        if not self._numbered:
+            self.reading.settle_for_network()
 
     def head(self, count: int) -> bytes:
         """The first bytes, fewer where the file ends."""
@@ -60,34 +74,60 @@ class MappedFile:
         """Bytes ``[start, stop)`` as read-only uint8, to be copied or decoded inside the ``with``.
 
         Raises:
-            DamagedFile: the file does not reach that far, or no longer does.
+            DamagedFile: the file does not reach that far, or is no longer what it was.
         """
         if start == stop:
             yield np.empty(0, np.uint8)
             return
-        self._require(stop)
-        first = start - start % mmap.PAGESIZE
-        self._bring_in(first, stop - first)
-        yield np.frombuffer(self._map, np.uint8, stop - start, start)
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+        with self.source(start, stop) as source:
+            if source.map is None:
+                yield self._copied(source.descriptor, start, stop)
+                return
+            first = start - start % mmap.PAGESIZE
+            self._bring_in(source.map, first, stop - first)
+            yield np.frombuffer(source.map, np.uint8, stop - start, start)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                source.map.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
-    def _require(self, stop: int) -> None:
-        now = self._map.size() if self._map is not None else 0
-        if stop > min(now, self.size):
-            verb = "shrank" if now < self.size else "is truncated"
-            raise DamagedFile(f"{self.name}: {verb}: wanted bytes up to {stop}, got a file of {now} bytes")
+    @contextmanager
+    def source(self, start: int, stop: int, count: int | None = None) -> Iterator[Source]:
+        """The open file, for a reading of bytes between ``start`` and ``stop``, ``count`` of them or all.
 
-    def _bring_in(self, start: int, count: int) -> None:
-        if not hasattr(self._map, "madvise"):
-            return
+        Raises:
+            DamagedFile: as for :meth:`view`.
+        """
+        count = stop - start if count is None else count
+        opened, way = self._open(), self.reading.way(count)
+        self._require(stop, os.fstat(opened.descriptor).st_size)
+        with timed(self.reading, way, count):
+            yield Source(opened.descriptor, opened.map() if way == "map" else None)
+        self.require_same(start)
+
+    def require_same(self, start: int) -> None:
+        """Check that the name still leads to the file that was opened, as it was; ``start`` is for the message.
+
+        Raises:
+            DamagedFile: it does not.
+        """
         try:
-            self._map.madvise(MADV_POPULATE_READ, start, count)
+            now = os.stat(self._place)
         except OSError as error:
-            # An older kernel does not know the advice; the check of the size before it is then all there is.
-            if error.errno != errno.EINVAL:
-                reason = "it shrank or the disk failed"
-                raise DamagedFile(f"{self.name}, byte {start}: {count} bytes cannot be read: {reason}") from error
+            what = "was deleted" if isinstance(error, FileNotFoundError) else f"is out of reach ({error.strerror})"
+            raise DamagedFile(f"{self.name}: {what} while it was read, at byte {start}") from error
+        if _identity(now)[self._first :] != self._same_as[self._first :]:
+            raise DamagedFile(f"{self.name}: {self._what_happened(now)} while it was read, at byte {start}")
+
+    def refuse(self, error: int, start: int, stop: int) -> None:
+        """Say what an error of a reading that broke off at byte ``start`` means: an errno, or -1 for an early end.
+
+        Raises:
+            DamagedFile: always.
+        """
+        self.require_same(start)
+        if error == -1:
+            raise DamagedFile(f"{self.name}, byte {start}: the file ends there, wanted bytes up to {stop}")
+        reason = "it shrank or the disk failed" if error == errno.EFAULT else os.strerror(error)
+        raise DamagedFile(f"{self.name}, byte {start}: {stop - start} bytes cannot be read: {reason}")
 
     def digest(self, hasher: Any) -> None:
         """Feed size and content to a hashlib object; of a file too large to hash whole, the time of change as well."""
@@ -96,14 +136,79 @@ class MappedFile:
             hasher.update(f" changed {self.changed_ns}".encode())
         digest_rows(hasher, self.size, 1, self._bytes)
 
+    @property
+    def _first(self) -> int:
+        return 0 if self._numbered else 2
+
+    def _what_happened(self, now: os.stat_result) -> str:
+        if now.st_size != self.size:
+            verb = "shrank" if now.st_size < self.size else "grew"
+            return f"{verb} from {self.size} to {now.st_size} bytes"
+        replaced = self._numbered and _identity(now)[:2] != self._same_as[:2]
+        return "was replaced by another file" if replaced else "was written to"
+
+    def _require(self, stop: int, now: int) -> None:
+        if stop > min(now, self.size):
+            verb = "shrank" if now < self.size else "is truncated"
+            raise DamagedFile(f"{self.name}: {verb}: wanted bytes up to {stop}, got a file of {now} bytes")
+
+    def _copied(self, descriptor: int, start: int, stop: int) -> np.ndarray:
+        copy = self.reading.slots.empty((stop - start,), torch.uint8).numpy()
+        left, at = memoryview(copy), start
+        while left:
+            try:
+                got = os.preadv(descriptor, [left], at)
+            except OSError as error:
+                self.refuse(error.errno or errno.EIO, at, stop)
+            if got == 0:
+                self.refuse(-1, at, stop)
+            left, at = left[got:], at + got
+        copy.flags.writeable = False
+        return copy
+
+    def _bring_in(self, mapped: mmap.mmap, start: int, count: int) -> None:
+        if not hasattr(mapped, "madvise"):
+            return
+        try:
+            mapped.madvise(MADV_POPULATE_READ, start, count)
+        except OSError as error:
+            # An older kernel does not know the advice; the check of the size before it is then all there is.
+            if error.errno != errno.EINVAL:
+                self.refuse(error.errno or errno.EIO, start, start + count)
+
+    def _open(self) -> _Opened:
+        opened = self._opened
+        if opened is None:
+            try:
+                opened = self._opened = _Opened(self._place)
+            except FileNotFoundError:
+                if hasattr(self, "size"):
+                    self.require_same(0)
+                raise
+            _held_open(self)
+        return opened
+
     def _bytes(self, start: int, stop: int) -> bytes:
         with self.view(start, stop) as raw:
             return raw.tobytes()
 
 
 @dataclass(frozen=True)
+class Source:
+    """An open file: a descriptor, and a mapping of the whole of it where it is to be read through one."""
+
+    descriptor: int
+    map: mmap.mmap | None
+
+    @property
+    def address(self) -> int:
+        """Of the mapping's first byte; 0 without one."""
+        return 0 if self.map is None else np.frombuffer(self.map, np.uint8).ctypes.data
+
+
+@dataclass(frozen=True)
 class MappedArray:
-    """A C-ordered array inside a mapped file: ``shape[0]`` rows from byte ``offset`` on."""
+    """A C-ordered array inside a file: ``shape[0]`` rows from byte ``offset`` on."""
 
     file: MappedFile
     offset: int
@@ -111,8 +216,12 @@ class MappedArray:
     shape: tuple[int, ...]
 
     @property
+    def row_items(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
     def row_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape[1:])
+        return self.dtype.itemsize * self.row_items
 
     def require_whole(self) -> None:
         """Compare the size that the header promises with the file's own, before any work.
@@ -138,3 +247,48 @@ class MappedArray:
 
     def place(self, row: int) -> str:
         return f"{self.file.name}, byte {self.byte(row)}"
+
+
+class _Opened:
+    """A descriptor, and a mapping made when it is asked for; closed when nobody holds it any more."""
+
+    def __init__(self, path: str):
+        self._map: mmap.mmap | None = None
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def map(self) -> mmap.mmap:
+        if self._map is None:
+            self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+        return self._map
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+_open_files: OrderedDict[int, weakref.ref[MappedFile]] = OrderedDict()
+_open_files_lock = threading.Lock()
+
+
+def _held_open(file: MappedFile) -> None:
+    """Enter a file as open, and let go of the one opened longest ago where there are too many."""
+    with _open_files_lock:
+        _open_files[id(file)] = weakref.ref(file)
+        _open_files.move_to_end(id(file))
+        if len(_open_files) <= MOST_OPEN:
+            return
+        oldest = _open_files.popitem(last=False)[1]()
+    if oldest is not None:
+        oldest._opened = None  # whoever reads from it at this moment holds it until then
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _on_network(descriptor: int) -> bool:
+    try:
+        from finf_fast import _C
+    except ImportError:  # without the compiled module nothing is known: files are numbered, as nearly everywhere
+        return False
+    return _C.on_network(descriptor)

@@ -27,7 +27,7 @@ class IdxCorpus(RowFileCorpus):
     Args:
         path: the images, or a directory that holds the training images and labels under the names of MNIST.
         labels: labels mapped by the caller, an array, or None (a directory brings its own).
-        mean, std, layout: see :class:`Pixels`; three dimensions mean ``layout="NHW"`` unless another is named.
+        mean, std, layout, dtype: see :class:`Pixels`; three dimensions mean ``layout="NHW"`` unless another is named.
         cache: folder for unpacked files; default ``$XDG_CACHE_HOME/finf_fast``, or ``~/.cache/finf_fast``.
         transform: callable on each batch.
 
@@ -38,14 +38,16 @@ class IdxCorpus(RowFileCorpus):
 
     format = "idx"
 
-    def __init__(self, path: Any, labels: Any = None, mean=None, std=None, layout=None, cache=None, transform=None):
+    def __init__(
+        self, path: Any, labels: Any = None, mean=None, std=None, layout=None, dtype=None, cache=None, transform=None
+    ):
         if os.path.isdir(path):
             path, beside = find_idx_pair(path)
             labels = map_idx(beside, cache) if labels is None else labels
         features = map_idx(path, cache)
         if layout is None and len(features.shape) == 3:
             layout = "NHW"
-        super().__init__(features, labels, Pixels(features.shape, features.dtype, mean, std, layout), transform)
+        super().__init__(features, labels, Pixels(features.shape, features.dtype, mean, std, layout, dtype), transform)
 
 
 def is_idx(head: bytes) -> bool:

@@ -25,7 +25,7 @@ class NpyCorpus(RowFileCorpus):
     Args:
         path: the features.
         labels: a path to a ``.npy`` or IDX file already mapped by the caller, an array, or None.
-        mean, std, layout: see :class:`Pixels`.
+        mean, std, layout, dtype: see :class:`Pixels`.
         transform: callable on each batch.
 
     Raises:
@@ -35,9 +35,9 @@ class NpyCorpus(RowFileCorpus):
 
     format = "npy"
 
-    def __init__(self, path: Any, labels: Any = None, mean=None, std=None, layout=None, transform=None):
+    def __init__(self, path: Any, labels: Any = None, mean=None, std=None, layout=None, dtype=None, transform=None):
         features = map_npy(path)
-        super().__init__(features, labels, Pixels(features.shape, features.dtype, mean, std, layout), transform)
+        super().__init__(features, labels, Pixels(features.shape, features.dtype, mean, std, layout, dtype), transform)
 
 
 def map_npy(path: str | os.PathLike) -> MappedArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,12 @@ import numpy as np
 import torch
 
 from finf_fast.corpus.arrays import owned
+from finf_fast.corpus.delivery import Shades, Starts, as_stored, integers, shaded
+from finf_fast.corpus.files import MappedArray
 
 __all__ = ["Pixels"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 LAYOUTS = {"NCHW": 4, "NHWC": 4, "NHW": 3}  # name -> dimensions it must have
 
@@ -27,17 +32,30 @@ class Pixels:
         mean, std: a number, or one per channel (axis 1 of what is delivered); None for 0 and 1.
         layout: how it is stored: ``"NHWC"`` is delivered as NCHW (a view: channels-last in memory), ``"NHW"`` gets a
             channel axis (N, 1, H, W), ``"NCHW"`` and None are delivered as stored.
+        deliver: of uint8 pixels, ``"float32"`` or ``"bfloat16"``, the latter rounded from the former at the end.
 
     Raises:
         ValueError, TypeError: a layout, mean or std that does not fit the array.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, mean: Any = None, std: Any = None, layout: Any = None):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        mean: Any = None,
+        std: Any = None,
+        layout: Any = None,
+        deliver: str | None = None,
+    ):
         if layout is not None and LAYOUTS.get(layout) != len(shape):
             wanted = [name for name, dimensions in LAYOUTS.items() if dimensions == len(shape)] or "None"
             raise ValueError(f"layout: wanted {wanted} for an array of shape {shape}, got {layout!r}")
         self.layout = layout
         self._scaled = dtype == np.uint8
+        if deliver is not None and (deliver not in DTYPES or not self._scaled):
+            wanted = f"one of {sorted(DTYPES)}" if self._scaled else "None, for only uint8 pixels are converted"
+            raise ValueError(f"dtype: wanted {wanted}, got {deliver!r}")
+        self._delivered = deliver or "float32"
         if (mean is not None or std is not None) and not (self._scaled or dtype.kind == "f"):
             raise ValueError(f"mean, std: wanted pixels or floats to apply them to, got an array of {dtype}")
         # Applied to the stored order of axes, before the permutation, which is then a view.
@@ -49,25 +67,70 @@ class Pixels:
         if self.std is not None and not (self.std > 0).all():
             raise ValueError(f"std: wanted numbers above 0, got {std}")
         self._trailing = (1,) * trailing
+        self._integers = dtype.kind in "iu" and not self._scaled
+        one = all(values is None or len(values) == 1 for values in (self.mean, self.std))
+        run = math.prod(shape[1:]) if one else 1 if last else math.prod(shape[2:])
+        self._shades = self._table(1 if one else channels, run)
+
+    def rows(self, array: MappedArray, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` of an array of the shape and dtype that this decoder was made for."""
+        count = array.row_items
+        starts = range(start * count, stop * count, count) if count else np.zeros(stop - start, np.int64)
+        return self.runs(array, starts, array.shape[1:])
+
+    def runs(self, array: MappedArray, starts: Starts, shape: tuple[int, ...]) -> torch.Tensor:
+        """One row from each of the items ``starts`` on, (B, …) of a sample's stored ``shape``.
+
+        Raises:
+            DamagedFile: the file no longer holds them.
+        """
+        count = math.prod(shape)
+        if self._scaled:
+            x = shaded(array, starts, count, self._shades)
+        elif self._integers:
+            x = integers(array, starts, count)
+        else:
+            x = as_stored(array, starts, count)
+            self._normalise(x.view(len(starts), *shape).numpy())
+        return self._ordered(x.view(len(starts), *shape))
 
     def __call__(self, raw: np.ndarray) -> torch.Tensor:
         """Rows as stored (B, …) to a tensor of its own memory."""
-        if not self._scaled and self.mean is None and self.std is None:
+        if self._integers:
             return self._ordered(owned(raw))
         # numpy, not torch: this runs beside the model's forwards and must not wake a second team of torch's threads.
-        x = raw.astype(np.float32 if self._scaled else raw.dtype.newbyteorder("="))
+        x = raw.astype(np.float32 if self._scaled else raw.dtype.newbyteorder("="), order="C")
         if self._scaled:
             x /= np.float32(255)
-        if self.mean is not None:
-            x -= self._broadcast(self.mean, x.dtype)
-        if self.std is not None:
-            x /= self._broadcast(self.std, x.dtype)
-        return self._ordered(torch.from_numpy(x))
+        self._normalise(x)
+        decoded = self._ordered(torch.from_numpy(x))
+        return decoded.to(DTYPES[self._delivered]) if self._scaled else decoded
 
     def settings(self) -> dict[str, Any]:
         """For the fingerprint and the description."""
         mean, std = (None if v is None else v.tolist() for v in (self.mean, self.std))
-        return {"mean": mean, "std": std, "layout": self.layout}
+        delivered = {} if self._delivered == "float32" else {"dtype": self._delivered}
+        return {"mean": mean, "std": std, "layout": self.layout, **delivered}
+
+    def _normalise(self, x: np.ndarray) -> None:
+        """In place, in the dtype that x has."""
+        if self.mean is not None:
+            x -= self._broadcast(self.mean, x.dtype)
+        if self.std is not None:
+            x /= self._broadcast(self.std, x.dtype)
+
+    def _table(self, channels: int, run: int) -> Shades | None:
+        """What every one of 256 values becomes, by the same steps as a whole picture."""
+        if not self._scaled:
+            return None
+        mean, std = (np.broadcast_to(1.0 * n if v is None else v, channels) for v, n in ((self.mean, 0), (self.std, 1)))
+        mean, std = (np.ascontiguousarray(v, np.float32) for v in (mean, std))
+        table = np.arange(256, dtype=np.float32) / np.float32(255)
+        table = np.ascontiguousarray((table - mean[:, None]) / std[:, None])
+        dtype = DTYPES[self._delivered]
+        if dtype is torch.bfloat16:
+            table = torch.from_numpy(table).bfloat16().view(torch.int16).numpy()
+        return Shades(table, dtype, run, mean, std)
 
     def _broadcast(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return values.astype(dtype).reshape(-1, *self._trailing)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any
 
 from finf_fast.corpus.arrays import holds_arrays
+from finf_fast.corpus.cifar import HUNDRED
 from finf_fast.corpus.idx import find_idx_pair, is_idx, map_idx
+from finf_fast.corpus.megatron import MAGIC as MEGATRON_MAGIC
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
 from finf_fast.corpus.npy import map_npy
 from finf_fast.corpus.tokens import is_llmc
@@ -34,7 +37,7 @@ def recognise(source: Any, given: dict[str, Any]) -> str:
     if is_path(source):
         return _recognise_path(source, "window" in given)
     if isinstance(source, (tuple, list)) and source and all(map(is_path, source)):
-        return _recognise_path(source[0], False)
+        return _recognise_path(source[0], "window" in given)
     if holds_arrays(source) and "collate_fn" not in given:
         return "arrays"
     # A tuple or dict with something that is no array inside is a mistake in an array source, not a dataset.
@@ -62,6 +65,9 @@ def _recognise_path(path: str | os.PathLike, windowed: bool) -> str:
     if os.path.isdir(path):
         find_idx_pair(path)
         return "idx"
+    known = None if windowed else _by_name(os.fspath(path))
+    if known is not None:
+        return known
     head, name = _head(path, "source"), os.fspath(path)
     if is_gzip(path):
         head = gzip_head(path, 4)
@@ -76,6 +82,20 @@ def _recognise_path(path: str | os.PathLike, windowed: bool) -> str:
         return "idx"
     wanted = "'npy', 'tokens' (with window) or 'idx' named"
     raise ValueError(f"format: wanted {wanted}, for {name!r} is not recognised: it starts with {head[:4].hex(' ')!r}")
+
+
+def _by_name(name: str) -> str | None:
+    """Formats of more than one file, and CIFAR's, whose bytes alone tell nothing."""
+    index = (name[:-4] if name.endswith((".idx", ".bin")) else name) + ".idx"
+    short = os.path.basename(name)
+    if os.path.isfile(index) and _head(index, "source").startswith(MEGATRON_MAGIC[:6]):
+        return "megatron"
+    if name.endswith(".ds") and os.path.isfile(name + ".index"):
+        return "datatrove"
+    if fnmatch(short, "data_batch_[0-9].bin") or short == "test_batch.bin":
+        return "cifar"
+    hundred = short in HUNDRED and os.path.isfile(os.path.join(os.path.dirname(name), "fine_label_names.txt"))
+    return "cifar" if hundred else None
 
 
 def _head(path: str | os.PathLike, argument: str) -> bytes:

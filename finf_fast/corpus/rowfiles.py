@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from finf_fast.corpus.arrays import ArrayCorpus, integers, require_label_array
+from finf_fast.corpus.arrays import ArrayCorpus, require_label_array
 from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.delivery import integers
 from finf_fast.corpus.files import MappedArray
 from finf_fast.corpus.pixels import Pixels
 
@@ -42,11 +43,11 @@ class RowFileCorpus(Corpus):
         self._features, self._labels, self._pixels = features, labels, pixels
 
     def _rows(self, start: int, stop: int) -> Any:
-        x = self._features.rows(start, stop, self._pixels)
+        x = self._pixels.rows(self._features, start, stop)
         if self._labels is None:
             return x
         if isinstance(self._labels, MappedArray):
-            return x, self._labels.rows(start, stop, integers)
+            return x, integers(self._labels, range(start, stop), 1).view(-1)
         return x, self._labels.read(start, stop)
 
     def _digest(self, hasher: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finf_fast.corpus.arrays import integers
 from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.delivery import integers
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
 from finf_fast.corpus.npy import map_npy
@@ -69,12 +69,7 @@ class TokenCorpus(Corpus):
         super().__init__(1 + (count - self.window) // self.stride, transform)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
-        first, last = start * self.stride, (stop - 1) * self.stride + self.window
-
-        def cut(span: np.ndarray) -> torch.Tensor:
-            return integers(np.lib.stride_tricks.sliding_window_view(span, self.window)[:: self.stride])
-
-        return self._tokens.rows(first, last, cut)
+        return integers(self._tokens, range(start * self.stride, stop * self.stride, self.stride), self.window)
 
     def _digest(self, hasher: Any) -> None:
         self._tokens.file.digest(hasher)

@@ -52,6 +52,9 @@ FINF_INLINE Vec load(const Bf16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+FINF_INLINE Vec load(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 FINF_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 
 // To the nearest bfloat16, ties to even; a NaN to a NaN.
@@ -133,6 +136,7 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) {
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/delivery.inl.h"
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
@@ -151,7 +155,7 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) {
 namespace finf {
 const Kernels AVX2 = {
     "avx2",  CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr, flops_of_fma,        noise_row};
+    nullptr, flops_of_fma,        noise_row, &DELIVERY};
 }
 
 #endif

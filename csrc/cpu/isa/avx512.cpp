@@ -53,6 +53,9 @@ struct Vec {
 FINF_INLINE Vec widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 FINF_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 FINF_INLINE Vec load(const Bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+FINF_INLINE Vec load(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 FINF_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 
 // To the nearest bfloat16, ties to even; a NaN to a NaN.
@@ -135,6 +138,7 @@ FINF_INLINE void store_nearest(Bf16* p, Vec a) {
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/delivery.inl.h"
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
@@ -153,10 +157,10 @@ FINF_INLINE void store_nearest(Bf16* p, Vec a) {
 namespace finf {
 const Kernels AVX512 = {
     "avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr,  flops_of_fma,        noise_row};
+    nullptr,  flops_of_fma,        noise_row, &DELIVERY};
 const Kernels AVX512_BF16 = {"avx512_bf16",        CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
                              &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
-                             &PAIR_PANELS,         flops_of_fma,        noise_row};
+                             &PAIR_PANELS,         flops_of_fma,        noise_row, &DELIVERY};
 }  // namespace finf
 
 #endif

@@ -49,6 +49,9 @@ FINF_INLINE Vec load(const Bf16* p) {
     U4 bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
     return (F4)(bits << 16);
 }
+FINF_INLINE Vec load(const uint8_t* p) {
+    return F4{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
 FINF_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
 // To the nearest bfloat16, ties to even; a NaN to a NaN.
 FINF_INLINE void store(Bf16* p, Vec a) {
@@ -118,6 +121,7 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/attention_delta.inl.h"
 #include "../tiles/cross_entropy_delta.inl.h"
+#include "../tiles/delivery.inl.h"
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
@@ -130,5 +134,5 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3
 namespace finf {
 const Kernels BASELINE = {
     "baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr,    flops_of_fma,        noise_row};
+    nullptr,    flops_of_fma,        noise_row, &DELIVERY};
 }

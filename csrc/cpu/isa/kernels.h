@@ -194,6 +194,23 @@ struct AttentionLoops {
     void (*attend)(const Attention&, int64_t begin, int64_t end, float* room);
 };
 
+// (x / 255 - mean) / std of a pixel x, for channels that take turns. 1 / 255 and 1 / std are floats and what these
+// leave. Every array holds the channels over and over: a period, and what whole vectors reach past it from any phase
+// on.
+struct PixelRule {
+    static constexpr int64_t MOST_CHANNELS = 4, SIZE = 16 * MOST_CHANNELS + MOST_CHANNELS + 16;
+    int64_t period;  // 16 numbers a channel
+    float scale[SIZE], scale_rest[SIZE], mean[SIZE], spread[SIZE], spread_rest[SIZE];
+};
+
+struct DeliveryLoops {
+    // [finf::Stored]: `count` integers from any byte on -> int64.
+    void (*widen[7])(const uint8_t* from, int64_t count, int64_t* to);
+    // `count` pixels, of which the first is of channel `phase`.
+    void (*shade_f32)(const uint8_t* from, int64_t count, const PixelRule&, int64_t phase, float* to);
+    void (*shade_bf16)(const uint8_t* from, int64_t count, const PixelRule&, int64_t phase, Bf16* to);
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
@@ -209,6 +226,7 @@ struct Kernels {
     double (*flops_of_fma)(bool pairs, int64_t rounds);  // multiplies and adds in registers; how many there were
     // `count` normal numbers of a sample and draw, from position 4 `block` on.
     void (*noise_row)(uint64_t seed, uint64_t sample, uint32_t draw, int64_t block, int64_t count, float* out);
+    const DeliveryLoops* delivery;
 };
 
 extern const Kernels BASELINE;

@@ -1,0 +1,42 @@
+// From rows in a file to a batch in memory, in one pass: read in pieces that stay in the cache, converted on the way.
+#pragma once
+
+#include <cstdint>
+
+#include "file.h"
+
+namespace finf {
+
+// R rows of items in a file. A row begins at any byte; rows may overlap, repeat and come in any order.
+struct FileRows {
+    OpenFile file;
+    const int64_t* starts;  // (R) byte where each row begins, or null: first + r step
+    int64_t first, step;
+    const int64_t* lengths;  // (R) items of each row, at most `length`, or null: all `length`
+    int64_t R, length;       // what is delivered: (R, length) items
+    int64_t threads;
+};
+
+// The integer types of items, in the order of their codes.
+enum class Stored : int { u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, i64 = 6 };
+
+// Every item as int64, short rows filled up with `fill`: out (R, length). Throws std::invalid_argument for what cannot
+// be asked; whatever the disk does is in the outcome, and `out` then holds no batch.
+Outcome deliver_integers(const FileRows& rows, Stored stored, int64_t fill, int64_t* out);
+
+// Items of `item` bytes as they are; all rows of one length.
+Outcome deliver_raw(const FileRows& rows, int64_t item, uint8_t* out);
+
+// What stands for a byte: tables (C, 256) of words of 2 or 4 bytes, table c for `run` bytes of a row, then the next,
+// and the first again; a row is a whole number of such rounds. Where the words are (x / 255 - mean) / std in float32 or
+// bfloat16, mean and std (C) make it fast: the numbers are then computed, if that gives the table's to the last bit.
+struct Pixels {
+    const void* tables;
+    int64_t word, C, run;
+    const float *mean, *std;  // or null
+};
+
+// out (R, length) words.
+Outcome deliver_pixels(const FileRows& rows, const Pixels& pixels, void* out);
+
+}  // namespace finf

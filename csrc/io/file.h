@@ -1,0 +1,37 @@
+// Bytes of an open file: read with pread, or found in a mapping after its pages were brought in by a call that can
+// fail.
+#pragma once
+
+#include <cstdint>
+
+namespace finf {
+
+struct OpenFile {
+    int descriptor;
+    const uint8_t* map;  // of the whole file from its first byte, or null: it is read
+};
+
+// How far it went. `error`: 0, an errno, or ENDED; `byte`: where in the file the first trouble was.
+struct Outcome {
+    static constexpr int ENDED = -1;  // the file ends before the bytes asked for do
+    int error = 0;
+    int64_t byte = 0;
+};
+
+// Bytes [first, first + bytes) into `to`, whatever signals or short reads come between.
+Outcome read_at(int descriptor, uint8_t* to, int64_t first, int64_t bytes);
+
+// Where bytes [first, first + bytes) can be seen: in the mapping, or in `room`, which holds as many.
+struct Seen {
+    const uint8_t* bytes;
+    Outcome outcome;
+};
+Seen bring_in(const OpenFile& file, uint8_t* room, int64_t first, int64_t bytes);
+
+// The process forgets the pages of these bytes, so that what it holds does not grow with the file.
+void let_go(const OpenFile& file, int64_t first, int64_t bytes);
+
+// Whether the file lies behind a network, by what the system says of its file system; false where it says nothing.
+bool on_network(int descriptor);
+
+}  // namespace finf

@@ -1,0 +1,190 @@
+"""Runs of items in a file to one batch, in one pass of the compiled loops: read, converted and padded on the way.
+
+A run begins at any item; runs may overlap, repeat and come in any order. Where the items are of a kind that the loops
+do not take (foreign byte order, uint64), or the compiled module is missing, numpy does the same, run by run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finf_fast.corpus.arrays import integers as widened
+from finf_fast.corpus.files import MappedArray
+
+__all__ = ["Shades", "as_stored", "integers", "shaded"]
+
+STORED = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "i8": 6}  # finf::Stored
+Starts = range | np.ndarray
+
+
+@dataclass(frozen=True)
+class Shades:
+    """What stands for a pixel's 256 values, channel by channel.
+
+    Attributes:
+        table: (C, 256) float32, or the bits of bfloat16 as int16.
+        dtype: of what is delivered, torch.float32 or torch.bfloat16.
+        run: pixels of one channel that lie side by side: H·W in planes, 1 where the channels take turns.
+        mean, std: (C,) float32: the table is ``(x / 255 - mean) / std``, each step rounded to float32.
+    """
+
+    table: np.ndarray
+    dtype: torch.dtype
+    run: int
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def integers(
+    array: MappedArray, starts: Starts, length: int, lengths: Sequence[int] | np.ndarray | None = None, fill: int = 0
+) -> Tensor:
+    """Runs of integers as (B, length) int64.
+
+    Args:
+        array: of any integer dtype; its items count from 0, whatever its shape.
+        starts: the item that each of the B runs begins at: (B,) integers, or a range that steps upward.
+        length: items a run.
+        lengths: (B,) items of each run, at most ``length``, where they differ; the rest is ``fill``.
+
+    Raises:
+        DamagedFile: the file no longer holds them.
+        ValueError: a uint64 that int64 cannot hold.
+    """
+    lengths = None if lengths is None else np.ascontiguousarray(lengths, np.int64)
+    out = array.file.reading.slots.empty((len(starts), length), torch.int64)
+    loops, code = _loops(array), STORED.get(array.dtype.str[1:])
+    if loops is None or code is None:
+        return _one_by_one(array, starts, length, lengths, out.fill_(fill), widened)
+
+    def deliver(*where: int) -> tuple[int, int]:
+        return loops.deliver_integers(*where, code, fill, out.data_ptr())
+
+    if not _delivered(array, starts, length, lengths, deliver):
+        out.fill_(fill)
+    return out
+
+
+def as_stored(array: MappedArray, starts: Starts, length: int) -> Tensor:
+    """Runs of floats, bools or bytes as (B, length) of their own dtype, in this machine's byte order."""
+    plain = torch.from_numpy(np.empty(0, array.dtype.newbyteorder("="))).dtype
+    out = array.file.reading.slots.empty((len(starts), length), plain)
+    loops = _loops(array)
+    if loops is None:
+        return _one_by_one(array, starts, length, None, out, _native)
+    item = array.dtype.itemsize
+
+    def deliver(*where: int) -> tuple[int, int]:
+        descriptor, address, firsts, first, step, _, count, length, threads = where
+        return loops.deliver_raw(descriptor, address, firsts, first, step, count, length, threads, item, out.data_ptr())
+
+    _delivered(array, starts, length, None, deliver)
+    return out
+
+
+def shaded(array: MappedArray, starts: Starts, length: int, shades: Shades) -> Tensor:
+    """Runs of uint8 pixels as (B, length) of the dtype and the numbers that ``shades`` gives them."""
+    out = array.file.reading.slots.empty((len(starts), length), shades.dtype)
+    loops, channels = _loops(array), len(shades.table)
+    if loops is None:
+        return _one_by_one(array, starts, length, None, out, lambda raw: _looked_up(raw, shades))
+
+    def deliver(*where: int) -> tuple[int, int]:
+        descriptor, address, firsts, first, step, _, count, length, threads = where
+        return loops.deliver_pixels(
+            *(descriptor, address, firsts, first, step, count, length, threads),
+            *(shades.table.ctypes.data, shades.table.itemsize, channels, shades.run),
+            *(shades.mean.ctypes.data, shades.std.ctypes.data, out.data_ptr()),
+        )
+
+    _delivered(array, starts, length, None, deliver)
+    return out
+
+
+def _loops(array: MappedArray) -> ModuleType | None:
+    """The compiled loops, where they are there and know the byte order."""
+    if not array.dtype.isnative:
+        return None
+    try:
+        from finf_fast import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def _delivered(
+    array: MappedArray,
+    starts: Starts,
+    length: int,
+    lengths: np.ndarray | None,
+    deliver: Callable[..., tuple[int, int]],
+) -> bool:
+    """Give a compiled loop the file and the places of the runs; False where there is nothing to read."""
+    item, firsts = array.dtype.itemsize, None
+    first, stop = _bounds(array, starts, length, lengths)
+    if first == stop:
+        return False
+    begin, end = array.offset + first * item, array.offset + stop * item
+    if isinstance(starts, range):
+        where = 0, begin, starts.step * item
+    else:
+        firsts = array.offset + np.asarray(starts, np.int64) * item
+        where = firsts.ctypes.data, 0, 0
+    items = len(starts) * length if lengths is None else int(lengths.sum())
+    with array.file.source(begin, end, min(end - begin, items * item)) as source:
+        error, byte = deliver(
+            *(source.descriptor, source.address, *where, 0 if lengths is None else lengths.ctypes.data),
+            *(len(starts), length, array.file.reading.threads),
+        )
+        if error:
+            array.file.refuse(error, byte, end)
+    return True
+
+
+def _bounds(array: MappedArray, starts: Starts, length: int, lengths: np.ndarray | None) -> tuple[int, int]:
+    """First item and one past the last of all runs, checked against the array."""
+    if not len(starts) or not length or (lengths is not None and not lengths.any()):
+        return 0, 0
+    if isinstance(starts, range):
+        first, stop = starts[0], starts[-1] + length
+    else:
+        first, stop = int(np.min(starts)), int(np.max(np.asarray(starts) + (length if lengths is None else lengths)))
+    items = math.prod(array.shape)
+    if first < 0 or stop > items:
+        raise IndexError(f"starts: wanted runs inside the {items} items of {array.file.name}, got {first} to {stop}")
+    return first, stop
+
+
+def _one_by_one(
+    array: MappedArray,
+    starts: Starts,
+    length: int,
+    lengths: np.ndarray | None,
+    out: Tensor,
+    decode: Callable[[np.ndarray], Tensor],
+) -> Tensor:
+    _bounds(array, starts, length, lengths)
+    item, rows = array.dtype.itemsize, out
+    if isinstance(starts, range) and starts.step == length and lengths is None:  # they follow each other
+        starts, length, rows = starts[:1], len(starts) * length, out.view(1, -1)
+    for row, start in enumerate(starts):
+        count = length if lengths is None else int(lengths[row])
+        begin = array.offset + int(start) * item
+        with array.file.view(begin, begin + count * item) as raw:
+            rows[row, :count] = decode(raw.view(array.dtype))
+    return out
+
+
+def _native(raw: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(raw, raw.dtype.newbyteorder("=")))
+
+
+def _looked_up(raw: np.ndarray, shades: Shades) -> Tensor:
+    channel = np.arange(raw.size) // shades.run % len(shades.table)
+    return torch.from_numpy(shades.table[channel, raw]).view(shades.dtype)

@@ -1,0 +1,85 @@
+"""Samples of different lengths in one stream of tokens: what Megatron's and datatrove's corpora have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.delivery import integers
+from finf_fast.corpus.files import MappedArray
+
+__all__ = ["DocumentCorpus", "check_max_length"]
+
+
+class DocumentCorpus(Corpus):
+    """Documents of a token stream; a batch is a dict of ``input_ids`` and ``attention_mask``, (B, L) int64 each.
+
+    L is the length of the longest document of the batch; shorter ones are padded right with id 0 and mask 0. An empty
+    document is a row without a token: it has no loss, and no influence.
+
+    Args:
+        tokens: the stream, a mapped array (N,) of integers.
+        samples: S, how many documents.
+        max_length: tokens of a document that are read, from its start; None for all. :meth:`describe` tells it.
+        transform: callable on each batch.
+    """
+
+    def __init__(
+        self,
+        tokens: MappedArray,
+        samples: int,
+        max_length: int | None = None,
+        transform: Callable[[Any], Any] | None = None,
+    ):
+        super().__init__(samples, transform)
+        self._tokens, self.max_length = tokens, check_max_length(max_length)
+
+    def lengths(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64 tokens of each document, as they are read; the tokens themselves stay on the disk."""
+        counts = self._spans(start, stop)[1]
+        return counts if self.max_length is None else np.minimum(counts, self.max_length)
+
+    @abstractmethod
+    def _spans(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """First token and number of tokens, (stop - start,) int64 each, inside the stream: checked here."""
+
+    def _rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        firsts, counts = self._spans(start, stop)
+        if self.max_length is not None:
+            counts = np.minimum(counts, self.max_length)
+        longest = max(1, int(counts.max()))
+        ids = integers(self._tokens, firsts, longest, counts)
+        mask = torch.arange(longest) < torch.from_numpy(counts)[:, None]
+        return {"input_ids": ids, "attention_mask": mask.long()}
+
+    def _digest(self, hasher: Any) -> None:
+        self._tokens.file.digest(hasher)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"stored_dtype": self._tokens.dtype.name, "max_length": self.max_length}
+
+    def _notes(self) -> dict[str, Any]:
+        return {"tokens": self._tokens.shape[0]}
+
+    def _paths(self) -> list[str]:
+        return [self._tokens.file.name]
+
+    def _place(self, index: int) -> str:
+        return self._tokens.place(int(self._spans(index, index + 1)[0][0]))
+
+
+def check_max_length(value: Any) -> int | None:
+    """``max_length`` as given, or the error that says what it should be."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"max_length: wanted an integer or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"max_length: wanted 1 or more tokens, got {value}")
+    return int(value)

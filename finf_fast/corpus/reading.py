@@ -1,0 +1,116 @@
+"""How the files of one corpus are read: mapped or by pread, with how many threads, into which memory.
+
+A mapping saves a copy, and costs calls that stop the process's other threads; which is faster depends on kernel and
+machine, so the first readings of some size try both in turn. Only pread is safe against every disk: a mapped file that
+shrinks between the check of a piece and its use would end the process, in a moment of some microseconds.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from finf_fast.corpus.slots import Slots
+
+__all__ = ["Reading", "adopting", "reading_of_new_files", "timed"]
+
+WAYS = ("auto", "map", "read")
+TRIAL_BYTES = 1 << 20  # readings below are ruled by other costs than those that are compared
+TRIALS = 4  # of each way; the fastest counts, since a disk or a neighbour can only slow one down
+# Times faster that mapping has to be to be worth that moment.
+WORTH = 1.25
+MOST_THREADS = 4  # two saturate the memory of the processor measured (Zen 5)
+
+
+class Reading:
+    """The choice between the ways, and what goes with it.
+
+    Args:
+        asked: ``"auto"``, ``"map"`` or ``"read"``.
+
+    Raises:
+        ValueError: another word.
+    """
+
+    def __init__(self, asked: str = "auto"):
+        if asked not in WAYS:
+            raise ValueError(f"io: wanted one of {WAYS}, got {asked!r}")
+        self.slots, self.threads, self.files = Slots(), _threads(), 0
+        self._seconds: dict[str, list[float]] = {"read": [], "map": []}
+        self._way, self._reason = asked, "as asked"
+        if asked == "auto" and not _has_populate():
+            self._way, self._reason = "read", "this system cannot bring in a mapping's pages by a call that may fail"
+
+    def settle_for_network(self) -> None:
+        """A file of the corpus lies behind a network, where mappings are slow, few, and break with the connection."""
+        if self._way == "auto":
+            self._way, self._reason = "read", "a file lies on a network file system"
+
+    def way(self, count: int) -> str:
+        """``"map"`` or ``"read"`` for the next reading, of ``count`` bytes."""
+        if self._way != "auto":
+            return self._way
+        tried = {way: len(seconds) for way, seconds in self._seconds.items()}
+        return "map" if count >= TRIAL_BYTES and tried["map"] < tried["read"] else "read"
+
+    def note(self, way: str, count: int, seconds: float) -> None:
+        """How long a reading took."""
+        if self._way != "auto" or count < TRIAL_BYTES:
+            return
+        self._seconds[way].append(seconds / count)
+        if min(map(len, self._seconds.values())) >= TRIALS:
+            self._choose()
+
+    def _choose(self) -> None:
+        read, mapped = (min(self._seconds[way]) for way in ("read", "map"))
+        self._reason = f"read {1e-9 / read:.1f} GB/s, map {1e-9 / mapped:.1f} GB/s over {TRIALS} readings of each"
+        self._way = "map" if read > WORTH * mapped else "read"
+
+    def describe(self) -> dict[str, Any]:
+        """For the description of a corpus: what was chosen, and why."""
+        undecided = f"fewer than {TRIALS} readings of {TRIAL_BYTES >> 20} MiB and more by each way: read so far"
+        reason = undecided if self._way == "auto" else self._reason
+        return {"io": self._way, "io_reason": reason, "io_threads": self.threads}
+
+
+def reading_of_new_files() -> Reading:
+    """That of the corpus which is being opened, or a new one."""
+    reading = _adopting.get() or Reading()
+    reading.files += 1
+    return reading
+
+
+@contextmanager
+def adopting(reading: Reading) -> Iterator[None]:
+    """Files opened inside the ``with`` belong to this reading."""
+    token = _adopting.set(reading)
+    try:
+        yield
+    finally:
+        _adopting.reset(token)
+
+
+@contextmanager
+def timed(reading: Reading, way: str, count: int) -> Iterator[None]:
+    """Note how long what is inside the ``with`` took, where it ends well."""
+    since = time.perf_counter()
+    yield
+    reading.note(way, count, time.perf_counter() - since)
+
+
+_adopting: ContextVar[Reading | None] = ContextVar("finf_fast_reading", default=None)
+
+
+def _threads() -> int:
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(mine, MOST_THREADS)
+
+
+def _has_populate() -> bool:
+    return sys.platform == "linux" and hasattr(mmap.mmap, "madvise")

@@ -1,0 +1,95 @@
+"""CIFAR's binary files, and many files of one format as one corpus."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from corpus_files import write
+from finf_fast.corpus import open_corpus
+from finf_fast.corpus.joined import JoinedCorpus
+from finf_fast.records import DamagedFile
+from test_corpus_documents import datatrove, sequences, texts
+
+DRAW = np.random.default_rng(1)
+
+
+def records(count, labels=1):
+    return DRAW.integers(0, 256, (count, labels + 3072), np.uint8)
+
+
+def test_a_folder_of_cifar_10(tmp_path):
+    batches = [records(4) for _ in range(5)]
+    for k, batch in enumerate(batches):
+        write(tmp_path / f"data_batch_{k + 1}.bin", batch.tobytes())
+    write(tmp_path / "test_batch.bin", records(3).tobytes())
+    corpus, whole = open_corpus(tmp_path, mean=[0.5, 0.4, 0.3], std=0.25), np.concatenate(batches)
+    assert len(corpus) == 20 and corpus.describe()["of"] == "cifar"
+    x, y = corpus.read(2, 11)  # three files
+    assert y.dtype == torch.int64 and y.tolist() == whole[2:11, 0].tolist()
+    pixels = torch.from_numpy(whole[2:11, 1:].reshape(-1, 3, 32, 32)).float() / 255
+    assert torch.equal(x, (pixels - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / 0.25)
+    assert corpus.locate(9) == f"{tmp_path / 'data_batch_3.bin'}, byte 3073"
+    assert len(open_corpus(tmp_path / "test_batch.bin")) == 3
+
+
+def test_cifar_100_has_the_fine_label(tmp_path):
+    batch = records(6, labels=2)
+    write(tmp_path / "train.bin", batch.tobytes())
+    write(tmp_path / "fine_label_names.txt", b"apple\n")
+    for source in (tmp_path, tmp_path / "train.bin"):
+        x, y = open_corpus(source).read(0, 6)
+        assert y.tolist() == batch[:, 1].tolist()
+        assert torch.equal((x * 255).round().byte(), torch.from_numpy(batch[:, 2:].reshape(-1, 3, 32, 32)))
+
+
+def test_a_cifar_file_that_ends_early(tmp_path):
+    path = write(tmp_path / "data_batch_1.bin", records(2).tobytes()[:-1])
+    with pytest.raises(DamagedFile, match="whole records of 3073 bytes, got 6145 bytes: .* byte 3073"):
+        open_corpus(path)
+
+
+def test_token_files_by_a_pattern_in_the_order_of_their_names(tmp_path):
+    streams = {name: DRAW.integers(0, 99, 10 + k).astype("<u2") for k, name in enumerate("bca")}
+    for name, stream in streams.items():
+        write(tmp_path / f"part-{name}.bin", stream.tobytes())
+    corpus = open_corpus(tmp_path / "part-*.bin", window=4)
+    windows = [streams[name][i : i + 4].tolist() for name in "abc" for i in range(0, len(streams[name]) - 3, 4)]
+    assert (corpus.format, len(corpus)) == ("files", len(windows))
+    assert corpus.read(0, len(windows)).tolist() == windows
+    assert [corpus[i].tolist() for i in range(len(windows))] == windows
+    words = corpus.describe()
+    assert (words["tokens"], words["files"], len(words["paths"])) == (33, 3, 3)
+    listed = open_corpus([tmp_path / f"part-{name}.bin" for name in "abc"], window=4)
+    assert listed.fingerprint == corpus.fingerprint
+    turned = open_corpus([tmp_path / f"part-{name}.bin" for name in "cba"], window=4)
+    assert turned.fingerprint != corpus.fingerprint
+
+
+def test_documents_of_several_files_are_padded_together(tmp_path):
+    parts = [sequences(lengths=lengths) for lengths in ([2, 5], [9], [1, 1, 3])]
+    for k, part in enumerate(parts):
+        (tmp_path / str(k)).mkdir()
+        datatrove(tmp_path / str(k), part)
+    corpus = open_corpus(tmp_path / "*" / "text.ds", max_length=8)
+    assert texts(corpus) == [document[:8].tolist() for part in parts for document in part]
+    assert texts(corpus, 1, 4) == [parts[0][1].tolist(), parts[1][0][:8].tolist(), parts[2][0].tolist()]
+    assert corpus.lengths(1, 4).tolist() == [5, 8, 1]
+
+
+def test_a_transform_is_applied_once_to_the_whole(tmp_path):
+    for k in range(2):
+        write(tmp_path / f"{k}.bin", np.arange(8, dtype="<u2").tobytes())
+    corpus = open_corpus(tmp_path / "*.bin", window=4, transform=lambda ids: ids + len(ids))
+    assert corpus.read(0, 4)[:, 0].tolist() == [4, 8, 4, 8]
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file fits the pattern"):
+        open_corpus(tmp_path / "*.bin", window=4)
+    tokens = write(tmp_path / "train.bin", np.arange(8, dtype="<u2").tobytes())
+    (tmp_path / "x").mkdir()
+    mixed = [open_corpus(tokens, window=4), open_corpus(datatrove(tmp_path / "x", sequences()))]
+    with pytest.raises(ValueError, match="files of one format, got datatrove, tokens"):
+        JoinedCorpus(mixed)
