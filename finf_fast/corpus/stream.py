@@ -150,7 +150,11 @@ class _Messages:
             raise ValueError(f"source: wanted columns that are stored plainly in {self._heads.file.name}, got a "
                              f"{message.type}: cast columns with a dictionary to their values")  # fmt: skip
         self._body = message.body
-        return self._parsed(lambda: self._pa.ipc.read_record_batch(message, schema))
+        batch = self._parsed(lambda: self._pa.ipc.read_record_batch(message, schema))
+        wrong = next((column for column in batch.columns if len(column) != len(batch)), None)
+        if wrong is not None:
+            raise DamagedFile(f"{self._where()}: wanted {len(batch)} rows in every column, got {len(wrong)}")
+        return batch
 
     def place(self, name: str, column: Any, shape: Shape) -> tuple[int, int, int]:
         """Where the values and the edges of a column begin, in items of theirs, and how many values there are."""
@@ -191,7 +195,9 @@ class _Messages:
         except DamagedFile:
             raise
         except Exception as error:  # whatever the parser stumbles over, the file is what is wrong
-            raise DamagedFile(f"{self._where()}: the Arrow message cannot be read: {error}") from error
+            raise DamagedFile(
+                f"{self._where()}: the Arrow message cannot be read, or is compressed: {error}"
+            ) from error
 
     def _where(self) -> str:
         return f"{self._heads.file.name}, byte {self._heads.message}"
