@@ -130,6 +130,18 @@ def test_a_saved_dataset(tmp_path, files, indices):
     assert (open_corpus(longer).fingerprint == corpus.fingerprint) == (indices is None)
 
 
+def test_several_saved_datasets(tmp_path):
+    rows = texts(12), texts(9, seed=1), texts(5, seed=2)
+    kinds = (1, None), (3, None), (2, [4, 0])
+    for k, (files, indices) in enumerate(kinds):
+        saved(tmp_path / f"set-{k}", {"input_ids": rows[k]}, files, indices)
+    corpus = open_corpus(tmp_path / "set-*", max_length=6)
+    wanted = [row[:6] for row in (*rows[0], *rows[1], rows[2][4], rows[2][0])]
+    assert [row["input_ids"] for row in read(corpus)] == wanted
+    assert [row["input_ids"] for row in read(corpus, corpus.take([22, 0, 15]))] == [wanted[i] for i in (22, 0, 15)]
+    assert corpus.lengths(10, 23).tolist() == [len(row) for row in wanted[10:]]
+
+
 def test_folders_that_are_no_dataset(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     saved(tmp_path / "train", {"input_ids": texts(3)})

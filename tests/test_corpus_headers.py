@@ -90,7 +90,7 @@ def test_damaged_ones_are_read_or_refused(tmp_path, name, data):
 
 @pytest.mark.prove
 @pytest.mark.parametrize("name", SOUND)
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_many_damaged_ones(tmp_path, name, data):
     path, content, options = placed(tmp_path, name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from corpus_files import idx_bytes, megatron_bytes, npy_bytes, write
-from finf_fast.corpus import open_corpus
+from finf_fast.corpus import delivery, open_corpus
 from finf_fast.corpus.base import runs_of, tree_map
 from finf_fast.corpus.collate import joined
 
@@ -105,6 +105,16 @@ def test_as_one_by_one(tmp_path, kind, transformed):
     same(batch, joined([corpus.read(i, i + 1) for i in ORDER]))
     same(corpus.take(np.arange(2, 7)), corpus.read(2, 7))
     same(corpus.take(torch.tensor([3])), corpus.read(3, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_same_without_compiled_loops(tmp_path, kind, monkeypatch):
+    source, options = kind(tmp_path)
+    corpus = open_corpus(source, **options)
+    compiled = corpus.take(ORDER), corpus.read(1, 8)
+    monkeypatch.setattr(delivery, "_loops", lambda array: None)
+    corpus = open_corpus(source, **options)
+    same(compiled, (corpus.take(ORDER), corpus.read(1, 8)))
 
 
 def rows_of(batch):

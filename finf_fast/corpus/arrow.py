@@ -200,6 +200,9 @@ class SelectedCorpus(Corpus):
     def _settings(self) -> dict[str, Any]:
         return {**self._source._settings(), "selected": True}
 
+    def _like(self) -> Any:
+        return self._source._like()
+
     def _digest(self, hasher: Any) -> None:
         for part in (self._source, self._order):
             hasher.update(part.fingerprint.encode())

@@ -36,6 +36,7 @@ class JoinedCorpus(Corpus):
     format = "files"
 
     def __init__(self, parts: Sequence[Corpus], transform: Callable[[Any], Any] | None = None):
+        parts = [one for part in parts for one in _unjoined(part)]
         formats = sorted({part.format for part in parts})
         if len(formats) != 1:
             raise ValueError(f"source: wanted files of one format, got {', '.join(formats) or 'no files'}")
@@ -44,7 +45,7 @@ class JoinedCorpus(Corpus):
                 names = parts[0]._paths()[0], part._paths()[0]
                 found = f"{parts[0]._like()} in {names[0]} and {part._like()} in {names[1]}"
                 raise ValueError(f"source: wanted files with samples of one kind, got {found}")
-        self._parts = list(parts)
+        self._parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
         super().__init__(int(self._starts[-1]), transform)
 
@@ -121,3 +122,8 @@ class JoinedCorpus(Corpus):
     def _place(self, index: int) -> str:
         ((part, own, _),) = self._pieces(index, index + 1)
         return part.locate(own)
+
+
+def _unjoined(part: Corpus) -> list[Corpus]:
+    """The files of a part that is several itself, as a saved dataset in shards is."""
+    return part._parts if isinstance(part, JoinedCorpus) and part.transform is None else [part]
