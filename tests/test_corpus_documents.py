@@ -92,6 +92,19 @@ def test_datatrove_documents(tmp_path, dtype):
     assert corpus.describe()["tokens"] == sum(LENGTHS) and len(corpus.describe()["paths"]) == 2
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_datatrove_itself_writes(tmp_path, size):
+    writer = pytest.importorskip("datatrove.pipeline.tokens.tokenizer")
+    parts = [part.tolist() for part in sequences("<u2")]
+    file = writer.TokenizedFile(str(tmp_path), "own.ds", save_loss_metadata=True, token_size=size)
+    for part in parts:
+        file.write(part, np.ones(len(part), bool))
+    file.close()
+    corpus = open_corpus(tmp_path / "own.ds")
+    assert texts(corpus) == parts and corpus.describe()["stored_dtype"] == f"uint{8 * size}"
+    assert corpus.describe()["not_read"] == f"{tmp_path / 'own.ds.loss'}: every token is scored"
+
+
 @pytest.mark.parametrize("write", [megatron, datatrove])
 def test_long_documents_are_cut_where_asked(tmp_path, write):
     path = write(tmp_path, sequences())

@@ -1,6 +1,7 @@
 """datatrove's tokenized datasets (nanotron): tokens in ``X.ds``, their documents' ends in ``X.ds.index``.
 
-The index is a row of uint64, each the number of tokens up to a document's end.
+The index is a row of uint64, each the number of tokens up to a document's end. Which tokens count in training may be
+said in ``X.ds.loss``, a byte each; every token is scored all the same, and the description says so.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class DatatroveCorpus(DocumentCorpus):
             raise DamagedFile(f"{self._ends.place(start + at)}: wanted {wanted} tokens, got {int(ends[at + 1])}")
         edges = ends.astype(np.int64)
         return edges[:-1], np.diff(edges)
+
+    def _notes(self) -> dict[str, Any]:
+        beside = self._tokens.file.path + ".loss"
+        unread = {"not_read": f"{beside}: every token is scored"} if os.path.exists(beside) else {}
+        return {**super()._notes(), **unread}
 
     def _files(self) -> list[MappedFile]:
         return [*super()._files(), self._ends.file]
