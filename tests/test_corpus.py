@@ -216,7 +216,11 @@ def test_sources_that_are_no_arrays_are_refused(source, error, words):
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        ({"format": "parquet"}, ValueError, r"format: wanted one of \['arrays', 'dataset', 'idx', 'npy', 'tokens'\]"),
+        (
+            {"format": "parquet"},
+            ValueError,
+            r"format: wanted one of \['arrays', 'cifar', 'dataset', 'datatrove', 'idx', 'megatron', 'npy', 'tokens'\]",
+        ),
         ({"window": 4}, ValueError, "window: wanted None, for the format 'arrays' takes"),
         ({"mean": 0.5}, ValueError, "mean: wanted None"),
         ({"collate_fn": list}, ValueError, "collate_fn: wanted None"),
