@@ -6,7 +6,9 @@ decoded blocks wait at any moment, whatever their size; whoever waits sleeps unt
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
@@ -16,6 +18,7 @@ from finf_fast.records import Block, Plan
 __all__ = ["stage"]
 
 _END = object()
+GRACE = 5.0  # seconds that the end of the interpreter waits for a reading that hangs, on a network disk perhaps
 
 
 def stage(corpus: Any, plan: Plan, numbers: Iterable[int], depth: int = 2) -> Iterator[Block]:
@@ -66,6 +69,10 @@ class _Reader(threading.Thread):
         self._work = corpus, plan, numbers
         self._stopped = False
 
+    def start(self) -> None:
+        _running.add(self)
+        super().start()
+
     def run(self) -> None:
         try:
             self._read_all(*self._work)
@@ -84,8 +91,18 @@ class _Reader(threading.Thread):
             start, stop = plan.rows(number)
             self.ready.put(Block(number, start, stop, corpus.read(start, stop)))
 
-    def stop(self) -> None:
-        """Wake the thread if it waits for a slot, and wait until it is gone."""
+    def stop(self, patience: float | None = None) -> None:
+        """Wake the thread if it waits for a slot, and wait until it is gone, or for so many seconds."""
         self._stopped = True
         self.slots.release()
-        self.join()
+        self.join(patience)
+
+
+_running: weakref.WeakSet[_Reader] = weakref.WeakSet()
+
+
+# A daemon thread that is inside torch when the interpreter ends takes the process down with it, exit status and all.
+@atexit.register
+def _stop_all() -> None:
+    for reader in tuple(_running):
+        reader.stop(GRACE)
