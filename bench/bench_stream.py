@@ -1,4 +1,4 @@
-"""Data on its way to the model, page cache warm: against copying the delivered bytes, DataLoader, and no loading at all.
+"""Data on its way to the model, cache warm: against copying what is delivered, DataLoader, and no loading at all.
 
 DataLoader is given what people write for these files: a Dataset over a memory map, a sample at a time, no workers
 (one or two are slower here). The end-to-end row is a sweep with a small model over a file, against the same sweep over

@@ -1,6 +1,6 @@
 """Stage 1, disk: open training data where it lies, check it before any work, and hand out row ranges as batches.
 
-One format a page: arrays, npy, tokens, idx, cifar, megatron, datatrove, dataset. This page only tells them apart.
+One format a page: arrays, npy, tokens, idx, cifar, megatron, datatrove, olmo, dataset. This page only tells them apart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from finf_fast.corpus.idx import IdxCorpus
 from finf_fast.corpus.joined import JoinedCorpus, paths_of
 from finf_fast.corpus.megatron import MegatronCorpus
 from finf_fast.corpus.npy import NpyCorpus
+from finf_fast.corpus.olmo import OlmoCorpus
 from finf_fast.corpus.reading import Reading, adopting
 from finf_fast.corpus.recognise import is_path, map_labels, recognise
 from finf_fast.corpus.tokens import TokenCorpus
@@ -25,7 +26,7 @@ __all__ = ["Corpus", "open_corpus"]
 
 KINDS = (
     *(ArrayCorpus, NpyCorpus, TokenCorpus, IdxCorpus, CifarCorpus),
-    *(MegatronCorpus, DatatroveCorpus, DatasetCorpus),
+    *(MegatronCorpus, DatatroveCorpus, OlmoCorpus, DatasetCorpus),
 )
 FORMATS = {corpus.format: corpus for corpus in KINDS}
 OPTIONS = {
@@ -36,6 +37,7 @@ OPTIONS = {
     "cifar": {"mean", "std", "dtype"},
     "megatron": {"sample", "max_length"},
     "datatrove": {"max_length"},
+    "olmo": {"dtype", "max_length"},
     "dataset": {"collate_fn"},
 }
 
@@ -70,6 +72,7 @@ def open_corpus(
               ``.npy``), with ``window``;
             * megatron: a path to ``P.idx`` or ``P.bin`` of Megatron, NeMo or GPT-NeoX;
             * datatrove: a path to ``X.ds``, its ends in ``X.ds.index``;
+            * olmo: a path to ``part-*.npy`` of OLMo or dolma, its table in ``part-*.csv.gz``;
             * idx: a path to an IDX file, ``.gz`` too, its labels in ``labels``, or a folder with MNIST's training pair;
             * cifar: a path to a binary CIFAR file, or a folder with the training ones;
             * dataset: any map-style torch Dataset or sequence of samples, read one by one.

@@ -13,6 +13,7 @@ from finf_fast.corpus.idx import find_idx_pair, is_idx, map_idx
 from finf_fast.corpus.megatron import MAGIC as MEGATRON_MAGIC
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
 from finf_fast.corpus.npy import map_npy
+from finf_fast.corpus.olmo import table_of
 from finf_fast.corpus.tokens import is_llmc
 from finf_fast.corpus.unpack import gzip_head, is_gzip
 
@@ -69,7 +70,7 @@ def _recognise_path(path: str | os.PathLike, windowed: bool) -> str:
     if known is not None:
         return known
     head, name = _head(path, "source"), os.fspath(path)
-    if is_gzip(path):
+    if is_gzip(path) and not windowed:  # tokens may begin with any two bytes
         head = gzip_head(path, 4)
     elif head.startswith(NPY_MAGIC):
         # A token stream saved as .npy is told from features by the window alone.
@@ -92,6 +93,8 @@ def _by_name(name: str) -> str | None:
         return "megatron"
     if name.endswith(".ds") and os.path.isfile(name + ".index"):
         return "datatrove"
+    if name.endswith(".npy") and os.path.isfile(table_of(name)) and not _head(name, "source").startswith(NPY_MAGIC):
+        return "olmo"
     if fnmatch(short, "data_batch_[0-9].bin") or short == "test_batch.bin":
         return "cifar"
     hundred = short in HUNDRED and os.path.isfile(os.path.join(os.path.dirname(name), "fine_label_names.txt"))
