@@ -7,11 +7,14 @@ decoded blocks wait at any moment, whatever their size; whoever waits sleeps unt
 from __future__ import annotations
 
 import atexit
+import ctypes
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from finf_fast.records import Block, Plan
 
@@ -75,6 +78,7 @@ class _Reader(threading.Thread):
 
     def run(self) -> None:
         try:
+            _stay_alone()
             self._read_all(*self._work)
         except BaseException as error:
             self.ready.put(error)
@@ -96,6 +100,20 @@ class _Reader(threading.Thread):
         self._stopped = True
         self.slots.release()
         self.join(patience)
+
+
+def _stay_alone() -> None:
+    """Keeps torch's operations in the calling thread to that thread; others are as they were.
+
+    A second team of OpenMP's threads, beside that of the model, would spin on the cores that the model's wait for.
+    """
+    torch.get_num_threads()  # torch gives a thread its number at the first question, and would undo what comes before
+    try:
+        limit = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
+    except (OSError, TypeError):  # a system whose programs have no symbols of their own
+        return
+    if limit is not None:
+        limit(1)
 
 
 _running: weakref.WeakSet[_Reader] = weakref.WeakSet()
