@@ -219,7 +219,7 @@ def test_sources_that_are_no_arrays_are_refused(source, error, words):
         (
             {"format": "parquet"},
             ValueError,
-            r"format: wanted one of \['arrays', 'cifar', 'dataset', 'datatrove', 'idx', 'megatron', 'npy', .*\]",
+            r"format: wanted one of \['arrays', 'arrow', 'cifar', 'dataset', .*'tokens'\]",
         ),
         ({"window": 4}, ValueError, "window: wanted None, for the format 'arrays' takes"),
         ({"mean": 0.5}, ValueError, "mean: wanted None"),

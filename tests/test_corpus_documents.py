@@ -1,8 +1,7 @@
-"""Corpora of documents (Megatron, datatrove, OLMo): each document its own tokens, and every way to be wrong named."""
+"""Corpora of documents (Megatron, datatrove): each document its own tokens, and every way to be wrong named."""
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import os
 import struct
@@ -41,16 +40,6 @@ def datatrove(folder: Path, parts, ends=None) -> Path:
     ends = np.cumsum([len(part) for part in parts]) if ends is None else ends
     (folder / "text.ds.index").write_bytes(struct.pack(f"<{len(ends)}Q", *ends))
     return folder / "text.ds"
-
-
-def olmo(folder: Path, parts, lines=None) -> Path:
-    """As dolma writes them: tokens under a name of numpy's, and start, end, id, source and line of each document."""
-    (folder / "part-0.npy").write_bytes(b"".join(part.tobytes() for part in parts))
-    ends = np.cumsum([len(part) for part in parts]).tolist()
-    starts = [0, *ends[:-1]]
-    table = [f"{a},{b},id{a},x.json.gz,{k}" for k, (a, b) in enumerate(zip(starts, ends, strict=True))]
-    (folder / "part-0.csv.gz").write_bytes(gzip.compress("\n".join(table if lines is None else lines).encode()))
-    return folder / "part-0.npy"
 
 
 def texts(corpus, start=0, stop=None):
@@ -103,7 +92,7 @@ def test_datatrove_documents(tmp_path, dtype):
     assert corpus.describe()["tokens"] == sum(LENGTHS) and len(corpus.describe()["paths"]) == 2
 
 
-@pytest.mark.parametrize("write", [megatron, datatrove, olmo])
+@pytest.mark.parametrize("write", [megatron, datatrove])
 def test_long_documents_are_cut_where_asked(tmp_path, write):
     path = write(tmp_path, sequences())
     whole, cut = open_corpus(path), open_corpus(path, max_length=4)
@@ -217,45 +206,6 @@ def test_datatrove_ends(tmp_path):
     Path(f"{path}.index").write_bytes(b"1234567")
     with pytest.raises(DamagedFile, match="whole ends of 8 bytes, got 7"):
         open_corpus(path)
-
-
-def test_olmo_documents(tmp_path):
-    parts = sequences()
-    corpus = open_corpus(olmo(tmp_path, parts))
-    assert (corpus.format, len(corpus)) == ("olmo", 8) and texts(corpus) == [part.tolist() for part in parts]
-    assert corpus.locate(2) == f"{tmp_path / 'part-0.npy'}, byte 20" and len(corpus.describe()["paths"]) == 2
-    wide = sequences("<u4")
-    assert texts(open_corpus(olmo(tmp_path, wide), dtype="uint32")) == [part.tolist() for part in wide]
-    shuffled = open_corpus(olmo(tmp_path, parts, ["10,11,a,b,0", "0,3,a,b,1", "11,11,a,b,2"]))
-    assert texts(shuffled) == [parts[2].tolist(), parts[0].tolist(), []]
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        (["0,3", "3,32"], "line 2: wanted 0 <= start <= end <= 31, got 3, 32"),
-        (["0,3", "5,4"], "line 2: wanted 0 <= start <= end"),
-        (["0,3", "-1,4"], "line 2: wanted 0 <= start"),
-        (["start,end", "0,3"], "line 1: wanted start,end"),
-        (["0,3", "4"], "line 2: wanted start,end"),
-    ],
-)
-def test_olmo_tables_that_cannot_be_true(tmp_path, lines, words):
-    with pytest.raises(DamagedFile, match=rf"part-0\.csv\.gz, {words}"):
-        open_corpus(olmo(tmp_path, sequences(), lines))
-
-
-def test_olmo_ends(tmp_path):
-    path = olmo(tmp_path, sequences())
-    table = path.with_name("part-0.csv.gz")
-    table.write_bytes(table.read_bytes()[:-9])
-    with pytest.raises(DamagedFile, match="cannot be read"):
-        open_corpus(path)
-    with pytest.raises(ValueError, match="empty corpus"):
-        open_corpus(olmo(tmp_path, sequences(), []))
-    table.unlink()
-    with pytest.raises(FileNotFoundError):
-        open_corpus(path, format="olmo")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

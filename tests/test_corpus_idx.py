@@ -140,8 +140,10 @@ def test_a_label_changes_the_fingerprint(tmp_path):
 
 
 def test_a_folder_without_the_training_pair_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"wanted train-images-idx3-ubyte or .*\.gz in the folder"):
+    with pytest.raises(FileNotFoundError, match=r"wanted a folder with data files, got .* holds none known"):
         open_corpus(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"wanted train-images-idx3-ubyte or .*\.gz in the folder"):
+        open_corpus(tmp_path, format="idx")
     write(tmp_path / "train-images-idx3-ubyte", IMAGES)
     with pytest.raises(FileNotFoundError, match="wanted train-labels-idx1-ubyte"):
         open_corpus(tmp_path)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from corpus_files import write
-from finf_fast.corpus import open_corpus
+from corpus_files import flip_byte, write
+from finf_fast.corpus import joined, open_corpus
 from finf_fast.corpus.joined import JoinedCorpus
 from finf_fast.records import DamagedFile
-from test_corpus_documents import datatrove, sequences, texts
+from test_corpus_documents import datatrove, megatron, sequences, texts
 
 DRAW = np.random.default_rng(1)
 
@@ -93,3 +97,83 @@ def test_what_is_refused(tmp_path):
     mixed = [open_corpus(tokens, window=4), open_corpus(datatrove(tmp_path / "x", sequences()))]
     with pytest.raises(ValueError, match="files of one format, got datatrove, tokens"):
         JoinedCorpus(mixed)
+
+
+def token_files(folder, names, count=8):
+    for name in names:
+        write(folder / name, np.arange(count, dtype="<u2").tobytes())
+
+
+def test_a_folder_of_files_of_one_kind(tmp_path):
+    token_files(tmp_path, ["b.bin", "a.bin", "a.txt"])
+    corpus = open_corpus(tmp_path, window=4)
+    assert corpus.describe()["paths"] == [str(tmp_path / "a.bin"), str(tmp_path / "b.bin")]
+    token_files(tmp_path, ["c.npy"])
+    with pytest.raises(ValueError, match=r"wanted a folder with data files of one kind, got 2 \*.bin, 1 \*.npy in"):
+        open_corpus(tmp_path, window=4)
+
+
+def test_a_folder_of_pairs(tmp_path):
+    for kind, write_pair in (("ds", datatrove), ("idx", megatron)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        parts = [sequences(lengths=[3, 5]), sequences(lengths=[1])]
+        for name, part in zip("xy", parts, strict=True):
+            documents = {"documents": list(range(len(part) + 1))} if write_pair is megatron else {}
+            path = write_pair(folder, part, **documents)
+            for file in list(folder.glob(f"{path.stem}.*")):
+                file.rename(folder / file.name.replace("text", name))
+        assert texts(open_corpus(folder)) == [document.tolist() for part in parts for document in part]
+
+
+def test_a_folder_of_arrays_is_not_guessed_at(tmp_path):
+    """Of two arrays in a folder, one is usually the other's labels."""
+    for name in "xy":
+        np.save(tmp_path / f"{name}.npy", np.zeros((3, 2), np.float32))
+    with pytest.raises(FileNotFoundError, match="wanted a folder with data files"):
+        open_corpus(tmp_path)
+    assert len(open_corpus(tmp_path / "[xy].npy")) == 6
+
+
+def test_samples_of_several_kinds(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 2), np.float32))
+    np.save(tmp_path / "y.npy", np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"samples of one kind, got \(\(2,\), 'float32', True\) in .*x\.npy and"):
+        open_corpus(tmp_path / "*.npy")
+
+
+def test_a_large_corpus_is_known_by_every_file(tmp_path, monkeypatch):
+    """Past the bytes that are hashed in full: by times and sizes, and the content of some."""
+    monkeypatch.setattr(joined, "WHOLE", 100)
+    token_files(tmp_path, [f"{k:03}.bin" for k in range(70)])
+    found = [open_corpus(tmp_path, window=4).fingerprint]
+    assert open_corpus(tmp_path, window=4).fingerprint == found[0]
+    changed = tmp_path / "033.bin"
+    then = changed.stat().st_mtime_ns
+    os.utime(changed, ns=(then, then + 1))
+    found.append(open_corpus(tmp_path, window=4).fingerprint)
+    os.utime(changed, ns=(then, then))
+    assert open_corpus(tmp_path, window=4).fingerprint == found[0]
+    first = tmp_path / "000.bin"
+    then = first.stat().st_mtime_ns
+    flip_byte(first, 1)
+    os.utime(first, ns=(then, then))
+    found += [open_corpus(tmp_path, window=4).fingerprint, open_corpus(tmp_path, window=3).fingerprint]
+    assert len(set(found)) == 4
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    """Read to and fro, with the process's limit far below the number of files."""
+    token_files(tmp_path, [f"{k:03}.bin" for k in range(400)])
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+        "from finf_fast.corpus import open_corpus\n"
+        "corpus = open_corpus(sys.argv[1], window=4, io=sys.argv[2])\n"
+        "for step in (1, -1):\n"
+        "    for i in range(800)[::step]:\n"
+        "        assert corpus[i].tolist() == [4 * (i % 2) + k for k in range(4)]\n"
+        "assert corpus.take(list(range(0, 800, 3))).shape == (267, 4) and corpus.fingerprint\n"
+    )
+    for io in ("read", "map"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), io], check=True)

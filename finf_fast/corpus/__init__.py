@@ -1,11 +1,13 @@
 """Stage 1, disk: open training data where it lies, check it before any work, and hand out row ranges as batches.
 
-One format a page: arrays, npy, tokens, idx, cifar, megatron, datatrove, olmo, dataset. This page only tells them apart.
+One format a page: arrays, npy, tokens, idx, cifar, megatron, olmo, datatrove, arrow, dataset. This page only tells them
+apart.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from finf_fast.corpus.arrays import ArrayCorpus
@@ -14,21 +16,23 @@ from finf_fast.corpus.cifar import CifarCorpus, cifar_files
 from finf_fast.corpus.dataset import DatasetCorpus
 from finf_fast.corpus.datatrove import DatatroveCorpus
 from finf_fast.corpus.idx import IdxCorpus
-from finf_fast.corpus.joined import JoinedCorpus, paths_of
+from finf_fast.corpus.joined import JoinedCorpus
 from finf_fast.corpus.megatron import MegatronCorpus
 from finf_fast.corpus.npy import NpyCorpus
 from finf_fast.corpus.olmo import OlmoCorpus
 from finf_fast.corpus.reading import Reading, adopting
-from finf_fast.corpus.recognise import is_path, map_labels, recognise
+from finf_fast.corpus.recognise import is_path, map_labels, own_folder, recognise
+from finf_fast.corpus.saved import open_saved
+from finf_fast.corpus.shards import folder_files, paths_of
 from finf_fast.corpus.tokens import TokenCorpus
 
 __all__ = ["Corpus", "open_corpus"]
 
 KINDS = (
     *(ArrayCorpus, NpyCorpus, TokenCorpus, IdxCorpus, CifarCorpus),
-    *(MegatronCorpus, DatatroveCorpus, OlmoCorpus, DatasetCorpus),
+    *(MegatronCorpus, OlmoCorpus, DatatroveCorpus, DatasetCorpus),
 )
-FORMATS = {corpus.format: corpus for corpus in KINDS}
+FORMATS = {corpus.format: corpus for corpus in KINDS} | {"arrow": open_saved}
 OPTIONS = {
     "arrays": {"labels"},
     "npy": {"labels", "mean", "std", "layout", "dtype"},
@@ -36,8 +40,9 @@ OPTIONS = {
     "idx": {"labels", "mean", "std", "layout", "dtype", "cache"},
     "cifar": {"mean", "std", "dtype"},
     "megatron": {"sample", "max_length"},
+    "olmo": {"max_length"},
     "datatrove": {"max_length"},
-    "olmo": {"dtype", "max_length"},
+    "arrow": {"columns", "max_length"},
     "dataset": {"collate_fn"},
 }
 
@@ -53,6 +58,7 @@ def open_corpus(
     header: int | None = None,
     sample: str | None = None,
     max_length: int | None = None,
+    columns: Sequence[str] | None = None,
     mean: Any = None,
     std: Any = None,
     layout: str | None = None,
@@ -71,18 +77,21 @@ def open_corpus(
             * tokens: a path to a flat file of uint16 or uint32 tokens (nanoGPT, llm.c 1 and 7, one-dimensional
               ``.npy``), with ``window``;
             * megatron: a path to ``P.idx`` or ``P.bin`` of Megatron, NeMo or GPT-NeoX;
+            * olmo: a path to ``part.npy`` of OLMo and dolma, which is no NPY file, its documents in ``part.csv.gz``;
             * datatrove: a path to ``X.ds``, its ends in ``X.ds.index``;
-            * olmo: a path to ``part-*.npy`` of OLMo or dolma, its table in ``part-*.csv.gz``;
+            * arrow: the folder of a dataset that Hugging Face's ``save_to_disk`` wrote, or a path to an Arrow stream;
             * idx: a path to an IDX file, ``.gz`` too, its labels in ``labels``, or a folder with MNIST's training pair;
             * cifar: a path to a binary CIFAR file, or a folder with the training ones;
             * dataset: any map-style torch Dataset or sequence of samples, read one by one.
 
-            A list of paths of one format, or a pattern (``"part-*.bin"``, its files by name), is one corpus. A corpus
-            that is open already is handed back.
+            A list of paths of one format, a pattern (``"part-*.bin"``) or a folder with files of one kind is one
+            corpus; a pattern's and a folder's files are sorted by name, as text: ``part-10`` before ``part-2``.
+            A corpus that is open already is handed back.
         format: one of these names, where the source alone does not tell.
         labels: (S,) integers: a path to ``.npy`` or IDX, or an array; delivered as int64.
         window, stride, dtype, header: of token files; see :class:`TokenCorpus`.
         sample, max_length: of documents; see :class:`MegatronCorpus` and :class:`DocumentCorpus`.
+        columns: of a dataset, by name; see :class:`ArrowCorpus`.
         mean, std, layout: of pixels; see :class:`Pixels`. ``dtype`` of pixels is what they are delivered as.
         transform: callable on each decoded batch; it returns a batch of as many samples.
         collate_fn: how a dataset's samples are joined; default as DataLoader does, dicts padded.
@@ -100,7 +109,7 @@ def open_corpus(
     """
     given = {
         "labels": labels, "window": window, "stride": stride, "dtype": dtype, "header": header,
-        "sample": sample, "max_length": max_length,
+        "sample": sample, "max_length": max_length, "columns": columns,
         "mean": mean, "std": std, "layout": layout, "collate_fn": collate_fn, "cache": cache,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
@@ -136,11 +145,23 @@ def _opened(source: Any, format: str | None, given: dict[str, Any], transform: A
 
 def _files(source: Any, format: str | None, given: dict[str, Any]) -> list[str] | None:
     """The files that are one corpus together; None where the source is one of its own, (features, labels) too."""
-    if is_path(source) and os.path.isdir(source) and format in (None, "cifar"):
-        return cifar_files(source) or None
+    if is_path(source) and os.path.isdir(source):
+        return _folder(source, format, given)
     paths = paths_of(source)
     pair = isinstance(source, list) and (format or recognise(source, given)) in ("npy", "idx")
     return None if pair else paths
+
+
+def _folder(source: Any, format: str | None, given: dict[str, Any]) -> list[str] | None:
+    """The files of a folder that is no source of its own, as MNIST's is."""
+    found = cifar_files(source) if format in (None, "cifar") else []
+    if found or own_folder(source) is not None or format == "idx":
+        return found or None
+    found = folder_files(source, "window" in given)
+    if not found:
+        where = os.fspath(source)
+        raise FileNotFoundError(f"source: wanted a folder with data files, got {where!r}, which holds none known")
+    return found
 
 
 def _require_no_options(given: dict[str, Any], format: str | None) -> None:

@@ -71,7 +71,12 @@ class ArrayCorpus(Corpus):
         super().__init__(_common_length(self._arrays), transform)
 
     def _rows(self, start: int, stop: int) -> Any:
-        tensors = [_deliver(array, start, stop) for array in self._arrays.values()]
+        return self._structured([_deliver(array, slice(start, stop)) for array in self._arrays.values()])
+
+    def _taken(self, indices: np.ndarray) -> Any:
+        return self._structured([_deliver(array, indices) for array in self._arrays.values()])
+
+    def _structured(self, tensors: list[torch.Tensor]) -> Any:
         if self.transform is not None:
             tensors = [tensor.clone() for tensor in tensors]
         if isinstance(self._source, Mapping):
@@ -177,9 +182,9 @@ def _arrives_as_int64(array: Any) -> bool:
     return _kind(array) in "iu" and not pixels
 
 
-def _deliver(array: Any, start: int, stop: int) -> torch.Tensor:
+def _deliver(array: Any, places: slice | np.ndarray) -> torch.Tensor:
     """Rows as a tensor: a view where torch can look at this memory and may write there, a copy otherwise."""
-    rows = array[start:stop]
+    rows = array[places]
     if isinstance(rows, torch.Tensor):
         return widened(rows.detach())
     plain = rows.dtype == np.int64 or not _arrives_as_int64(rows)

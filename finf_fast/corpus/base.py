@@ -1,6 +1,6 @@
 """What every corpus can do: count its samples, read a row range as a batch, name a sample, and say what it is.
 
-A format fills in four small methods; bounds, the user's transform, the fingerprint and the description are here, once.
+A format fills in a few small methods; bounds, the user's transform, the fingerprint and the description are here, once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
+from finf_fast.corpus.collate import joined
 from finf_fast.corpus.reading import Reading
 
-__all__ = ["Corpus"]
+if TYPE_CHECKING:
+    from finf_fast.corpus.files import MappedFile
+
+__all__ = ["Corpus", "runs_of"]
 
 
 class Corpus(ABC):
@@ -26,7 +31,7 @@ class Corpus(ABC):
     A batch is a tensor, a tuple of tensors or a dict of tensors, every one with the leading dimension B.
 
     Attributes:
-        format: which of the formats it is: ``"arrays"``, ``"npy"``, ``"tokens"``, ``"idx"`` or ``"dataset"``.
+        format: which of the formats it is, as :func:`finf_fast.open_corpus` names them; ``"files"`` for several files.
         transform: the callable applied to every batch after decoding, or None.
         reading: how its files are read; None without files.
     """
@@ -59,11 +64,27 @@ class Corpus(ABC):
         start, stop = operator.index(start), operator.index(stop)
         if not 0 <= start < stop <= len(self):
             raise IndexError(f"start, stop: wanted 0 <= start < stop <= {len(self)} (samples), got {start}, {stop}")
-        batch = self._rows(start, stop)
-        if self.transform is not None:
-            batch = self.transform(batch)
-            require_rows(batch, stop - start, "transform")
-        return batch
+        return self._transformed(self._rows(start, stop), stop - start)
+
+    def take(self, indices: Any) -> Any:
+        """Decode samples in the order of their indices into one batch, leading dimension B.
+
+        Args:
+            indices: (B,) integers in ``[0, S)``, in any order, repeated ones too: a sequence, an array or a tensor.
+
+        Raises:
+            IndexError: no indices, or one that is not inside ``[0, S)``.
+            TypeError: not one dimension of integers.
+            DamagedFile, ValueError: as :meth:`read`.
+        """
+        found = np.asarray(indices)
+        if found.size and (found.ndim != 1 or found.dtype.kind not in "iu"):
+            raise TypeError(f"indices: wanted one dimension of integers, got {found.dtype} {found.shape}")
+        wrong = found[(found < 0) | (found >= len(self))]
+        if not found.size or wrong.size:
+            got = wrong[0] if wrong.size else "none"
+            raise IndexError(f"indices: wanted 0 <= index < {len(self)} (samples), got {got}")
+        return self._transformed(self._taken(found.astype(np.int64)), len(found))
 
     def lengths(self, start: int, stop: int) -> Any:
         """(stop - start,) int64 tokens of these samples, where they differ; None where all have one shape."""
@@ -102,6 +123,12 @@ class Corpus(ABC):
         """Where a sample lives, for an error message: ``"train.bin, byte 34816"`` or ``"sample 17"``."""
         return self._place(self._position(index))
 
+    def _transformed(self, batch: Any, rows: int) -> Any:
+        if self.transform is not None:
+            batch = self.transform(batch)
+            require_rows(batch, rows, "transform")
+        return batch
+
     def _identity(self) -> dict[str, Any]:
         name = None if self.transform is None else callable_name(self.transform)
         return {"format": self.format, "samples": len(self), "transform": name, **self._settings()}
@@ -116,9 +143,18 @@ class Corpus(ABC):
     def _rows(self, start: int, stop: int) -> Any:
         """Decode rows ``[start, stop)``, already checked, before the transform."""
 
-    @abstractmethod
+    def _taken(self, indices: np.ndarray) -> Any:
+        """Decode rows in any order, int64 and checked, before the transform; formats do better where they can."""
+        return joined([self._rows(start, stop) for start, stop in runs_of(indices)])
+
     def _digest(self, hasher: Any) -> None:
         """Feed the content, or a fair sample of it, to a hashlib object."""
+        for file in self._files():
+            file.digest(hasher)
+
+    def _files(self) -> list[MappedFile]:
+        """Every file that a sample is made from."""
+        return []
 
     def _settings(self) -> dict[str, Any]:
         """Settings that change what a sample decodes to; part of the fingerprint."""
@@ -126,7 +162,11 @@ class Corpus(ABC):
 
     def _paths(self) -> list[str]:
         """File names as the user gave them; not part of the fingerprint, for data may move."""
-        return []
+        return [file.name for file in self._files()]
+
+    def _like(self) -> Any:
+        """What the samples of several files must have in common to be one corpus, besides the format."""
+        return None
 
     def _notes(self) -> dict[str, Any]:
         """Whatever else is worth saying in the description."""
@@ -134,6 +174,13 @@ class Corpus(ABC):
 
     def _place(self, index: int) -> str:
         return f"sample {index}"
+
+
+def runs_of(indices: np.ndarray) -> list[tuple[int, int]]:
+    """First and one past last of the consecutive runs that (B,) indices consist of, in their order."""
+    ends = np.append(np.flatnonzero(np.diff(indices) != 1), len(indices) - 1)
+    starts = np.append(0, ends[:-1] + 1)
+    return list(zip(indices[starts].tolist(), (indices[ends] + 1).tolist(), strict=True))
 
 
 def tree_map(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:

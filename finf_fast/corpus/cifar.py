@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from finf_fast.corpus.base import Corpus
-from finf_fast.corpus.delivery import integers
+from finf_fast.corpus.delivery import Starts, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.pixels import Pixels
 from finf_fast.records import DamagedFile
@@ -62,19 +62,25 @@ class CifarCorpus(Corpus):
 
     def _rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         record = self._records.shape[1]
-        begins = range(start * record, stop * record, record)
-        images = range(begins.start + self._labels, begins.stop + self._labels, record)
-        labels = range(begins.start + self._labels - 1, begins.stop + self._labels - 1, record)
+        first = self._labels  # the byte of a record with which its picture begins, right after the label wanted
+        images, labels = (range(start * record + at, stop * record + at, record) for at in (first, first - 1))
+        return self._batch(images, labels)
+
+    def _taken(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        images = indices * self._records.shape[1] + self._labels
+        return self._batch(images, images - 1)
+
+    def _batch(self, images: Starts, labels: Starts) -> tuple[Tensor, Tensor]:
         return self._pixels.runs(self._records, images, SHAPE), integers(self._records, labels, 1).view(-1)
 
-    def _digest(self, hasher: Any) -> None:
-        self._records.file.digest(hasher)
+    def _files(self) -> list[MappedFile]:
+        return [self._records.file]
 
     def _settings(self) -> dict[str, Any]:
         return {"label_bytes": self._labels, **self._pixels.settings()}
 
-    def _paths(self) -> list[str]:
-        return [self._records.file.name]
+    def _like(self) -> Any:
+        return self._labels
 
     def _place(self, index: int) -> str:
         return self._records.place(index)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-__all__ = ["collate", "unmasked_length"]
+__all__ = ["collate", "joined", "unmasked_length"]
 
 # What fills the end of a row shorter than the longest: -100 is the losses' ignore_index; ids of 0 hide behind the mask.
 FILLER = {"labels": -100}
@@ -34,6 +35,18 @@ def collate(samples: Sequence[Any], mask: bool = False) -> Any:
     except RuntimeError as error:
         raise ValueError(f"source: wanted samples of one shape, got {error}; give collate_fn to join others") from error
     return tuple(batch) if isinstance(batch, list) else batch
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches of one structure, one below the other; in dicts, rows of differing lengths are padded as samples are."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Mapping):
+        return {key: _rows_joined([batch[key] for batch in batches], FILLER.get(key, 0)) for key in first}
+    if isinstance(first, tuple):
+        return tuple(map(torch.cat, zip(*batches, strict=True)))
+    return torch.cat(list(batches))
 
 
 def unmasked_length(sample: Any) -> int | None:
@@ -81,3 +94,11 @@ def _join(key: str, rows: list[torch.Tensor]) -> torch.Tensor:
 
 def _pad(rows: list[torch.Tensor], filler: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+
+
+def _rows_joined(parts: list[torch.Tensor], filler: int) -> torch.Tensor:
+    """(B_i, L_i) to (sum B_i, max L_i); of other dimensions as they are."""
+    if parts[0].dim() == 2:
+        longest = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, longest - part.shape[1]), value=filler) for part in parts]
+    return torch.cat(parts)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from finf_fast.corpus.arrays import digest_array, widened
@@ -54,12 +55,15 @@ class DatasetCorpus(Corpus):
         self._source, self._collate_fn = source, collate_fn
 
     def _rows(self, start: int, stop: int) -> Any:
-        samples = [self._sample(index) for index in range(start, stop)]
+        return self._taken(np.arange(start, stop))
+
+    def _taken(self, indices: np.ndarray) -> Any:
+        samples = [self._sample(index) for index in indices.tolist()]
         if self._collate_fn is not None:
             batch, joined_by = self._collate_fn(samples), "collate_fn"
         else:
             batch, joined_by = collate(samples, unmasked_length(samples[0]) is not None and self._ragged), "source"
-        require_rows(batch, stop - start, joined_by)
+        require_rows(batch, len(samples), joined_by)
         return batch if self._collate_fn is not None else tree_map(widened, batch)
 
     def _sample(self, index: int) -> Any:

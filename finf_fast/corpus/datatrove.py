@@ -67,9 +67,5 @@ class DatatroveCorpus(DocumentCorpus):
         edges = ends.astype(np.int64)
         return edges[:-1], np.diff(edges)
 
-    def _digest(self, hasher: Any) -> None:
-        self._ends.file.digest(hasher)
-        super()._digest(hasher)
-
-    def _paths(self) -> list[str]:
-        return [*super()._paths(), self._ends.file.name]
+    def _files(self) -> list[MappedFile]:
+        return [*super()._files(), self._ends.file]

@@ -18,7 +18,7 @@ from torch import Tensor
 from finf_fast.corpus.arrays import integers as widened
 from finf_fast.corpus.files import MappedArray
 
-__all__ = ["Shades", "as_stored", "integers", "shaded"]
+__all__ = ["Shades", "Starts", "as_stored", "integers", "shaded"]
 
 STORED = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "i8": 6}  # finf::Stored
 Starts = range | np.ndarray

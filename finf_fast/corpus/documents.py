@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.base import Corpus, runs_of
 from finf_fast.corpus.delivery import integers
-from finf_fast.corpus.files import MappedArray
+from finf_fast.corpus.files import MappedArray, MappedFile
 
 __all__ = ["DocumentCorpus", "check_max_length"]
 
@@ -49,8 +49,22 @@ class DocumentCorpus(Corpus):
     def _spans(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """First token and number of tokens, (stop - start,) int64 each, inside the stream: checked here."""
 
+    def __getitem__(self, index: int) -> Any:
+        """One document without padding; an empty one has no token, as in its file."""
+        sample = super().__getitem__(index)
+        if self.transform is not None:
+            return sample
+        there = int(sample["attention_mask"].sum())
+        return {key: row[:there] for key, row in sample.items()}
+
     def _rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        firsts, counts = self._spans(start, stop)
+        return self._padded(*self._spans(start, stop))
+
+    def _taken(self, indices: np.ndarray) -> dict[str, Tensor]:
+        spans = [self._spans(start, stop) for start, stop in runs_of(indices)]
+        return self._padded(*map(np.concatenate, zip(*spans, strict=True)))
+
+    def _padded(self, firsts: np.ndarray, counts: np.ndarray) -> dict[str, Tensor]:
         if self.max_length is not None:
             counts = np.minimum(counts, self.max_length)
         longest = max(1, int(counts.max()))
@@ -58,17 +72,14 @@ class DocumentCorpus(Corpus):
         mask = torch.arange(longest) < torch.from_numpy(counts)[:, None]
         return {"input_ids": ids, "attention_mask": mask.long()}
 
-    def _digest(self, hasher: Any) -> None:
-        self._tokens.file.digest(hasher)
+    def _files(self) -> list[MappedFile]:
+        return [self._tokens.file]
 
     def _settings(self) -> dict[str, Any]:
         return {"stored_dtype": self._tokens.dtype.name, "max_length": self.max_length}
 
     def _notes(self) -> dict[str, Any]:
         return {"tokens": self._tokens.shape[0]}
-
-    def _paths(self) -> list[str]:
-        return [self._tokens.file.name]
 
     def _place(self, index: int) -> str:
         return self._tokens.place(int(self._spans(index, index + 1)[0][0]))

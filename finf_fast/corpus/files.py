@@ -129,12 +129,12 @@ class MappedFile:
         reason = "it shrank or the disk failed" if error == errno.EFAULT else os.strerror(error)
         raise DamagedFile(f"{self.name}, byte {start}: {stop - start} bytes cannot be read: {reason}")
 
-    def digest(self, hasher: Any) -> None:
+    def digest(self, hasher: Any, whole: int = WHOLE) -> None:
         """Feed size and content to a hashlib object; of a file too large to hash whole, the time of change as well."""
         hasher.update(f"file {self.size}".encode())
-        if self.size > WHOLE:
+        if self.size > whole:
             hasher.update(f" changed {self.changed_ns}".encode())
-        digest_rows(hasher, self.size, 1, self._bytes)
+        digest_rows(hasher, self.size, 1, self._bytes, whole)
 
     @property
     def _first(self) -> int:

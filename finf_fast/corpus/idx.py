@@ -14,7 +14,7 @@ from finf_fast.corpus.rowfiles import RowFileCorpus
 from finf_fast.corpus.unpack import is_gzip, unpacked
 from finf_fast.records import DamagedFile
 
-__all__ = ["IdxCorpus", "find_idx_pair", "is_idx", "map_idx"]
+__all__ = ["IdxCorpus", "find_idx_pair", "is_idx", "is_mnist", "map_idx"]
 
 # The third byte of the magic; the first two are 0 and the fourth is the number of dimensions.
 DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -73,6 +73,11 @@ def map_idx(path: str | os.PathLike, cache: str | os.PathLike | None = None) -> 
     array = MappedArray(file, 4 + len(lengths), np.dtype(DTYPES[head[2]]), shape)
     array.require_whole()
     return array
+
+
+def is_mnist(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds something of MNIST's training pair."""
+    return any(Path(folder, name + end).is_file() for name in (IMAGES, LABELS) for end in ("", ".gz"))
 
 
 def find_idx_pair(folder: str | os.PathLike) -> tuple[Path, Path]:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from glob import glob
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.base import Corpus, tree_map
+from finf_fast.corpus.collate import joined
+from finf_fast.corpus.digest import SAMPLED, WHOLE
+from finf_fast.corpus.files import MappedFile
 
-__all__ = ["JoinedCorpus", "paths_of"]
+__all__ = ["JoinedCorpus"]
 
 SHOWN = 20  # paths named in a description; a corpus may have a hundred thousand
-FILLER = {"labels": -100}  # as in collate.py
+LOOKED_INTO = 64  # files of a large corpus whose content is in the fingerprint, 4 MiB of each: a third of a second
 
 
 class JoinedCorpus(Corpus):
     """Corpora one after another. Files are opened, and their headers checked, before any work.
+
+    At most 128 files are open at a time, in whatever order they are read. The fingerprint of what is 64 MiB or less
+    covers every byte; beyond that it is made of every file's size and time of change, and of 64 files' content.
 
     Args:
         parts: of one format, in the order of their samples.
         transform: callable on each batch.
 
     Raises:
-        ValueError: no parts, or parts of several formats.
+        ValueError: no parts, or parts whose samples do not make one batch.
     """
 
     format = "files"
@@ -36,9 +39,22 @@ class JoinedCorpus(Corpus):
         formats = sorted({part.format for part in parts})
         if len(formats) != 1:
             raise ValueError(f"source: wanted files of one format, got {', '.join(formats) or 'no files'}")
+        for part in parts:
+            if part._like() != parts[0]._like():
+                names = parts[0]._paths()[0], part._paths()[0]
+                found = f"{parts[0]._like()} in {names[0]} and {part._like()} in {names[1]}"
+                raise ValueError(f"source: wanted files with samples of one kind, got {found}")
         self._parts = list(parts)
         self._starts = np.cumsum([0, *map(len, parts)])
         super().__init__(int(self._starts[-1]), transform)
+
+    def __getitem__(self, index: int) -> Any:
+        """One sample, as the corpus of its file shows it."""
+        if self.transform is not None:
+            return super().__getitem__(index)
+        index = self._position(index)
+        ((part, own, _),) = self._pieces(index, index + 1)
+        return part[own]
 
     def lengths(self, start: int, stop: int) -> np.ndarray | None:
         """(stop - start,) int64 tokens of each sample, where they differ; None where all have one shape."""
@@ -46,7 +62,19 @@ class JoinedCorpus(Corpus):
         return None if found[0] is None else np.concatenate(found)
 
     def _rows(self, start: int, stop: int) -> Any:
-        return _joined([part.read(first, last) for part, first, last in self._pieces(start, stop)])
+        return joined([part.read(first, last) for part, first, last in self._pieces(start, stop)])
+
+    def _taken(self, indices: np.ndarray) -> Any:
+        """File by file, each with its samples in their order; then back to the order asked for."""
+        which = np.searchsorted(self._starts, indices, "right") - 1
+        order = np.argsort(which, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(which[order])) + 1)
+        files = [int(which[group[0]]) for group in groups]
+        batch = joined([self._parts[k].take(indices[g] - self._starts[k]) for k, g in zip(files, groups, strict=True)])
+        if len(groups) == 1:
+            return batch
+        places = np.argsort(order)
+        return tree_map(lambda rows: rows[places], batch)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[Corpus, int, int]]:
         """The parts that hold samples ``[start, stop)``, and which of their own those are."""
@@ -59,8 +87,20 @@ class JoinedCorpus(Corpus):
         return pieces
 
     def _digest(self, hasher: Any) -> None:
+        files = self._files()
+        if sum(file.size for file in files) <= WHOLE:
+            for part in self._parts:
+                hasher.update(part.fingerprint.encode())
+            return
         for part in self._parts:
-            hasher.update(part.fingerprint.encode())
+            hasher.update(json.dumps(part._identity(), sort_keys=True).encode())
+        for file in files:
+            hasher.update(f"file {file.size} changed {file.changed_ns}".encode())
+        for k in sorted({k * (len(files) - 1) // (LOOKED_INTO - 1) for k in range(LOOKED_INTO)}):
+            files[k].digest(hasher, whole=SAMPLED)
+
+    def _files(self) -> list[MappedFile]:
+        return [file for part in self._parts for file in part._files()]
 
     def _settings(self) -> dict[str, Any]:
         return {"of": self._parts[0].format, "files": len(self._parts)}
@@ -75,40 +115,9 @@ class JoinedCorpus(Corpus):
         names = [name for part in self._parts[:SHOWN] for name in part._paths()]
         return names if len(self._parts) <= SHOWN else [*names, f"... ({len(self._parts)} files in all)"]
 
+    def _like(self) -> Any:
+        return self._parts[0]._like()
+
     def _place(self, index: int) -> str:
         ((part, own, _),) = self._pieces(index, index + 1)
         return part.locate(own)
-
-
-def paths_of(source: Any) -> list[str] | None:
-    """The files that a list of paths or a pattern stands for, a pattern's in the order of their names; else None.
-
-    Raises:
-        FileNotFoundError: a pattern that no file fits.
-    """
-    if isinstance(source, list) and source and all(isinstance(path, (str, os.PathLike)) for path in source):
-        return list(map(os.fspath, source))
-    if isinstance(source, (str, os.PathLike)) and not os.path.exists(source) and set(os.fspath(source)) & set("*?["):
-        found = sorted(glob(os.fspath(source), recursive=True))
-        if not found:
-            raise FileNotFoundError(f"source: no file fits the pattern {os.fspath(source)!r}")
-        return found
-    return None
-
-
-def _joined(batches: list[Any]) -> Any:
-    first = batches[0]
-    if len(batches) == 1:
-        return first
-    if isinstance(first, Mapping):
-        return {key: _rows_joined([batch[key] for batch in batches], FILLER.get(key, 0)) for key in first}
-    if isinstance(first, tuple):
-        return tuple(map(torch.cat, zip(*batches, strict=True)))
-    return torch.cat(batches)
-
-
-def _rows_joined(rows: list[torch.Tensor], filler: int) -> torch.Tensor:
-    """(B_i, L_i) one below the other, padded right to the longest."""
-    longest = max(part.shape[-1] for part in rows)
-    padded = [F.pad(part, (0, longest - part.shape[-1]), value=filler) if part.dim() > 1 else part for part in rows]
-    return torch.cat(padded)

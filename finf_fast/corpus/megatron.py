@@ -131,18 +131,14 @@ class MegatronCorpus(DocumentCorpus):
             wanted = f"documents from sequence 0 to {sequences}"
             raise DamagedFile(f"{self._documents.place(0)}: wanted {wanted}, got {ends[0]} to {ends[1]}")
 
-    def _digest(self, hasher: Any) -> None:
-        self._index.digest(hasher)
-        super()._digest(hasher)
-
     def _settings(self) -> dict[str, Any]:
         return {"sample": self.sample, **super()._settings()}
 
     def _notes(self) -> dict[str, Any]:
         return {"sequences": self._lengths.shape[0], "documents": self._documents.shape[0] - 1, **super()._notes()}
 
-    def _paths(self) -> list[str]:
-        return [self._index.name, *super()._paths()]
+    def _files(self) -> list[MappedFile]:
+        return [self._index, *super()._files()]
 
 
 def _beside(path: str | os.PathLike, ending: str) -> str:

@@ -9,15 +9,17 @@ from typing import Any
 
 from finf_fast.corpus.arrays import holds_arrays
 from finf_fast.corpus.cifar import HUNDRED
-from finf_fast.corpus.idx import find_idx_pair, is_idx, map_idx
+from finf_fast.corpus.idx import is_idx, is_mnist, map_idx
 from finf_fast.corpus.megatron import MAGIC as MEGATRON_MAGIC
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
 from finf_fast.corpus.npy import map_npy
-from finf_fast.corpus.olmo import table_of
+from finf_fast.corpus.olmo import olmo_table
+from finf_fast.corpus.saved import is_saved
+from finf_fast.corpus.stream import STREAM
 from finf_fast.corpus.tokens import is_llmc
 from finf_fast.corpus.unpack import gzip_head, is_gzip
 
-__all__ = ["is_path", "map_labels", "recognise"]
+__all__ = ["is_path", "map_labels", "own_folder", "recognise"]
 
 
 def is_path(value: Any) -> bool:
@@ -64,14 +66,15 @@ def map_labels(labels: Any, cache: str | os.PathLike | None) -> Any:
 
 def _recognise_path(path: str | os.PathLike, windowed: bool) -> str:
     if os.path.isdir(path):
-        find_idx_pair(path)
-        return "idx"
+        return own_folder(path) or "idx"
     known = None if windowed else _by_name(os.fspath(path))
     if known is not None:
         return known
     head, name = _head(path, "source"), os.fspath(path)
     if is_gzip(path) and not windowed:  # tokens may begin with any two bytes
         head = gzip_head(path, 4)
+    elif head.startswith(STREAM) and name.endswith(".arrow"):
+        return "arrow"
     elif head.startswith(NPY_MAGIC):
         # A token stream saved as .npy is told from features by the window alone.
         return "tokens" if windowed else "npy"
@@ -85,6 +88,13 @@ def _recognise_path(path: str | os.PathLike, windowed: bool) -> str:
     raise ValueError(f"format: wanted {wanted}, for {name!r} is not recognised: it starts with {head[:4].hex(' ')!r}")
 
 
+def own_folder(path: str | os.PathLike) -> str | None:
+    """The format of which a folder is one source; None where it holds files that are sources themselves, or none."""
+    if is_saved(path):
+        return "arrow"
+    return "idx" if is_mnist(path) else None
+
+
 def _by_name(name: str) -> str | None:
     """Formats of more than one file, and CIFAR's, whose bytes alone tell nothing."""
     index = (name[:-4] if name.endswith((".idx", ".bin")) else name) + ".idx"
@@ -93,7 +103,7 @@ def _by_name(name: str) -> str | None:
         return "megatron"
     if name.endswith(".ds") and os.path.isfile(name + ".index"):
         return "datatrove"
-    if name.endswith(".npy") and os.path.isfile(table_of(name)) and not _head(name, "source").startswith(NPY_MAGIC):
+    if name.endswith(".npy") and os.path.isfile(olmo_table(name)) and not _head(name, "source").startswith(NPY_MAGIC):
         return "olmo"
     if fnmatch(short, "data_batch_[0-9].bin") or short == "test_batch.bin":
         return "cifar"

@@ -10,8 +10,8 @@ import torch
 
 from finf_fast.corpus.arrays import ArrayCorpus, require_label_array
 from finf_fast.corpus.base import Corpus
-from finf_fast.corpus.delivery import integers
-from finf_fast.corpus.files import MappedArray
+from finf_fast.corpus.delivery import Starts, integers
+from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.pixels import Pixels
 
 __all__ = ["RowFileCorpus"]
@@ -44,24 +44,33 @@ class RowFileCorpus(Corpus):
 
     def _rows(self, start: int, stop: int) -> Any:
         x = self._pixels.rows(self._features, start, stop)
-        if self._labels is None:
-            return x
-        if isinstance(self._labels, MappedArray):
-            return x, integers(self._labels, range(start, stop), 1).view(-1)
-        return x, self._labels.read(start, stop)
+        if isinstance(self._labels, ArrayCorpus):
+            return x, self._labels.read(start, stop)
+        return self._labelled(x, range(start, stop))
+
+    def _taken(self, indices: np.ndarray) -> Any:
+        starts = indices * self._features.row_items
+        x = self._pixels.runs(self._features, starts, self._features.shape[1:])
+        if isinstance(self._labels, ArrayCorpus):
+            return x, self._labels.take(indices)
+        return self._labelled(x, indices)
+
+    def _labelled(self, x: torch.Tensor, places: Starts) -> Any:
+        return x if self._labels is None else (x, integers(self._labels, places, 1).view(-1))
 
     def _digest(self, hasher: Any) -> None:
-        self._features.file.digest(hasher)
-        if isinstance(self._labels, MappedArray):
-            self._labels.file.digest(hasher)
-        elif self._labels is not None:
+        super()._digest(hasher)
+        if isinstance(self._labels, ArrayCorpus):
             hasher.update(self._labels.fingerprint.encode())
+
+    def _files(self) -> list[MappedFile]:
+        return [part.file for part in (self._features, self._labels) if isinstance(part, MappedArray)]
 
     def _settings(self) -> dict[str, Any]:
         return self._pixels.settings()
 
-    def _paths(self) -> list[str]:
-        return [part.file.name for part in (self._features, self._labels) if isinstance(part, MappedArray)]
+    def _like(self) -> Any:
+        return self._features.shape[1:], str(self._features.dtype), self._labels is None
 
     def _place(self, index: int) -> str:
         return self._features.place(index)

@@ -71,8 +71,11 @@ class TokenCorpus(Corpus):
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         return integers(self._tokens, range(start * self.stride, stop * self.stride, self.stride), self.window)
 
-    def _digest(self, hasher: Any) -> None:
-        self._tokens.file.digest(hasher)
+    def _taken(self, indices: np.ndarray) -> torch.Tensor:
+        return integers(self._tokens, indices * self.stride, self.window)
+
+    def _files(self) -> list[MappedFile]:
+        return [self._tokens.file]
 
     def _settings(self) -> dict[str, Any]:
         stored = {"stored_dtype": self._tokens.dtype.name, "header": self._tokens.offset}
@@ -83,9 +86,6 @@ class TokenCorpus(Corpus):
         covered = (len(self) - 1) * self.stride + self.window
         between = max(0, self.stride - self.window) * (len(self) - 1)
         return {"tokens": count, "tokens_dropped_at_tail": count - covered, "tokens_skipped_between": between}
-
-    def _paths(self) -> list[str]:
-        return [self._tokens.file.name]
 
     def _place(self, index: int) -> str:
         return self._tokens.place(index * self.stride)

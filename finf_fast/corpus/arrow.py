@@ -1,0 +1,226 @@
+"""Hugging Face datasets on disk: Arrow streams, and the folder with ``state.json`` that ``save_to_disk`` leaves.
+
+pyarrow reads what stands between the batches of a stream and says where each column lies; the numbers themselves are
+never loaded but read from there, as from any other file. pyarrow comes with ``pip install finf_fast[arrow]``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finf_fast.corpus.base import Corpus, runs_of
+from finf_fast.corpus.delivery import Starts, as_stored, integers
+from finf_fast.corpus.documents import check_max_length
+from finf_fast.corpus.files import MappedArray, MappedFile
+from finf_fast.corpus.stream import Column, map_stream
+from finf_fast.records import DamagedFile
+
+__all__ = ["ArrowCorpus", "SelectedCorpus"]
+
+FILLER = {"labels": -100}  # as in collate.py
+
+
+class ArrowCorpus(Corpus):
+    """Rows of one Arrow stream; a batch is a dict of its columns.
+
+    A column of numbers is delivered as (B,), one of lists as (B, L), L the longest of the batch: ``labels`` padded
+    right with -100, others with 0. Integers become int64, floats stay as stored. Where ``input_ids`` come without an
+    ``attention_mask`` (B, L) int64, one is made.
+
+    Args:
+        path: the stream.
+        columns: names; default those of ``input_ids``, ``attention_mask`` and ``labels`` that are there.
+        max_length: of lists, how many items are read, from their start; None for all.
+        transform: callable on each batch.
+
+    Raises:
+        ImportError: pyarrow is missing.
+        DamagedFile: no whole Arrow stream.
+        ValueError, TypeError: columns that are not there, or hold something else than numbers and lists of them.
+    """
+
+    format = "arrow"
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        columns: Sequence[str] | None = None,
+        max_length: int | None = None,
+        transform: Callable[[Any], Any] | None = None,
+    ):
+        self._file, self.max_length = MappedFile(path), check_max_length(max_length)
+        self._starts, self._columns = map_stream(self._file, _names(columns))
+        self._flat: dict[np.dtype, MappedArray] = {}
+        super().__init__(int(self._starts[-1]), transform)
+
+    def __getitem__(self, index: int) -> Any:
+        """One row without padding; an empty list has no item, as in its file."""
+        sample, index = super().__getitem__(index), self._position(index)
+        if self.transform is not None:
+            return sample
+        where = self._where(np.array([index]))
+        lists = {c.name: int(self._spans(c, *where)[1][0]) for c in self._columns if c.is_ragged}
+        lists |= {"attention_mask": lists["input_ids"]} if self._makes_mask and "input_ids" in lists else {}
+        return {name: value[: lists[name]] if name in lists else value for name, value in sample.items()}
+
+    def lengths(self, start: int, stop: int) -> np.ndarray | None:
+        """(stop - start,) int64 items of ``input_ids`` in each row, where they differ; None where there is no such."""
+        for column in self._columns:
+            if column.name == "input_ids" and column.is_ragged:
+                return self._spans(column, *self._where(np.arange(start, stop)))[1]
+        return None
+
+    def _rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        return self._taken(np.arange(start, stop))
+
+    def _taken(self, indices: np.ndarray) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        where = self._where(indices)
+        for column in self._columns:
+            firsts, counts = self._spans(column, *where)
+            longest = max(1, int(counts.max()))
+            batch[column.name] = self._padded(column, firsts, counts, longest)
+            if column.name == "input_ids" and self._makes_mask:
+                mask = torch.arange(longest) < torch.from_numpy(counts)[:, None]
+                batch["attention_mask"] = mask.long()
+        return batch
+
+    @property
+    def _makes_mask(self) -> bool:
+        lists = [column.name for column in self._columns if not column.is_number]
+        return "input_ids" in lists and "attention_mask" not in {column.name for column in self._columns}
+
+    def _where(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of the stream that each row is in, and which of its rows it is."""
+        batches = np.searchsorted(self._starts, indices, "right") - 1
+        return batches, indices - self._starts[batches]
+
+    def _spans(self, column: Column, batches: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First item in the file, counted in the column's own dtype, and number of items of each row."""
+        if not column.is_ragged:
+            size = column.size if self.max_length is None else min(column.size, self.max_length)
+            return column.values[batches] + rows * column.size, np.full(len(rows), size)
+        edges = integers(self._items(column.edges), column.offsets[batches] + rows, 2).numpy()
+        wrong = (edges[:, 0] < 0) | (edges[:, 1] < edges[:, 0]) | (edges[:, 1] > column.counts[batches])
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            byte = int(column.offsets[batches[at]] + rows[at]) * column.edges.itemsize
+            wanted = f"a list of {column.name!r} inside {column.counts[batches[at]]} items"
+            raise DamagedFile(f"{self._file.name}, byte {byte}: wanted {wanted}, got {edges[at].tolist()}")
+        counts = edges[:, 1] - edges[:, 0]
+        counts = counts if self.max_length is None else np.minimum(counts, self.max_length)
+        return column.values[batches] + edges[:, 0], counts
+
+    def _padded(self, column: Column, firsts: np.ndarray, counts: np.ndarray, longest: int) -> Tensor:
+        items, starts = self._items(column.dtype), _stepping(firsts, int(counts[0]))
+        if column.dtype.kind == "f":
+            rows = as_stored(items, starts, longest)
+        elif column.is_ragged:
+            rows = integers(items, firsts, longest, counts, FILLER.get(column.name, 0))
+        else:
+            rows = integers(items, starts, longest)
+        return rows.view(-1) if column.is_number else rows
+
+    def _items(self, dtype: np.dtype) -> MappedArray:
+        """The whole file as items of a dtype: what Arrow aligns, it aligns from a file's first byte on."""
+        if dtype not in self._flat:
+            self._flat[dtype] = MappedArray(self._file, 0, dtype, (self._file.size // dtype.itemsize,))
+        return self._flat[dtype]
+
+    def _files(self) -> list[MappedFile]:
+        return [self._file]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"columns": [column.name for column in self._columns], "max_length": self.max_length}
+
+    def _notes(self) -> dict[str, Any]:
+        counts = {f"items of {c.name}": int(c.counts.sum()) for c in self._columns if c.is_ragged}
+        return {"batches": len(self._starts) - 1, **counts}
+
+    def _like(self) -> Any:
+        return tuple((column.name, column.shape) for column in self._columns)
+
+    def _place(self, index: int) -> str:
+        column = self._columns[0]
+        first = self._spans(column, *self._where(np.array([index])))[0]
+        return f"{self._file.name}, byte {int(first[0]) * column.dtype.itemsize}"
+
+
+class SelectedCorpus(Corpus):
+    """Rows of another corpus in the order of an indices file, which shuffling or selecting has left.
+
+    Args:
+        source: the rows.
+        order: a corpus with a column ``indices`` of integers.
+        transform: callable on each batch.
+    """
+
+    format = "arrow"
+
+    def __init__(self, source: Corpus, order: Corpus, transform: Callable[[Any], Any] | None = None):
+        super().__init__(len(order), transform)
+        self._source, self._order = source, order
+
+    def __getitem__(self, index: int) -> Any:
+        """One row, as its own corpus shows it."""
+        if self.transform is not None:
+            return super().__getitem__(index)
+        index = self._position(index)
+        return self._source[int(self._indices(np.array([index]))[0])]
+
+    def lengths(self, start: int, stop: int) -> np.ndarray | None:
+        """(stop - start,) int64 tokens of each row, where they differ; None where all have one shape."""
+        indices = self._indices(np.arange(start, stop))
+        found = [self._source.lengths(first, last) for first, last in runs_of(indices)]
+        return None if found[0] is None else np.concatenate(found)
+
+    def _rows(self, start: int, stop: int) -> Any:
+        return self._taken(np.arange(start, stop))
+
+    def _taken(self, indices: np.ndarray) -> Any:
+        return self._source.take(self._indices(indices))
+
+    def _indices(self, places: np.ndarray) -> np.ndarray:
+        found = self._order.take(places)["indices"].numpy()
+        wrong = np.flatnonzero((found < 0) | (found >= len(self._source)))
+        if len(wrong):
+            place = self._order.locate(int(places[wrong[0]]))
+            raise DamagedFile(f"{place}: wanted a row from 0 to {len(self._source) - 1}, got {found[wrong[0]]}")
+        return found
+
+    def _files(self) -> list[MappedFile]:
+        return [*self._source._files(), *self._order._files()]
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self._source._settings(), "selected": True}
+
+    def _digest(self, hasher: Any) -> None:
+        for part in (self._source, self._order):
+            hasher.update(part.fingerprint.encode())
+
+    def _paths(self) -> list[str]:
+        return [*self._source._paths(), *self._order._paths()]
+
+    def _place(self, index: int) -> str:
+        return self._source.locate(int(self._indices(np.array([index]))[0]))
+
+
+def _names(columns: Any) -> list[str] | None:
+    if columns is None:
+        return None
+    if not isinstance(columns, (list, tuple)) or not columns or not all(isinstance(name, str) for name in columns):
+        raise TypeError(f"columns: wanted a list of names, got {columns!r}")
+    return list(dict.fromkeys(columns))
+
+
+def _stepping(firsts: np.ndarray, count: int) -> Starts:
+    """Starts that follow each other as a range, which is read as one piece."""
+    first = int(firsts[0])
+    follows = count > 0 and bool((np.diff(firsts) == count).all())
+    return range(first, first + count * len(firsts), count) if follows else firsts

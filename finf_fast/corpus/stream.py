@@ -1,0 +1,236 @@
+"""Where the columns of an Arrow stream lie in its file.
+
+A stream is a schema and then batches, each a head (its length, then its metadata) and a body with the columns'
+buffers. pyarrow parses the heads; of the bodies it is shown untouched memory, whose addresses tell the places.
+Source: the Arrow columnar format, "IPC streaming format".
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finf_fast.corpus.files import MappedFile
+from finf_fast.records import DamagedFile
+
+__all__ = ["STREAM", "Column", "map_stream"]
+
+STREAM = b"\xff\xff\xff\xff"  # before the length of a head, since Arrow 0.15
+END = STREAM + bytes(4)
+LONGEST_HEAD = 64 << 20  # bytes; a head has a few hundred, and a length that lies would be read into memory
+USUAL = ("input_ids", "attention_mask", "labels")  # what a causal language model is trained on
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of K batches, which rows are counted by.
+
+    Attributes:
+        name: as in the schema.
+        dtype: of its items, as stored.
+        size: items a row; None where rows are lists of differing lengths.
+        is_number: a row is a number, not a list of one.
+        edges: dtype of the places where lists begin and end; None where lists do not differ.
+        values, offsets: (K,) int64, where items and edges begin in the file, counted in items of their own dtype.
+        counts: (K,) int64 items of a batch.
+    """
+
+    name: str
+    dtype: np.dtype
+    size: int | None
+    is_number: bool
+    edges: np.dtype | None
+    values: np.ndarray
+    offsets: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.size is None
+
+    @property
+    def shape(self) -> str:
+        """What has to agree between files, in words."""
+        kind = "integers" if self.dtype.kind in "iu" else self.dtype.name
+        return kind if self.is_number else f"lists of {'any' if self.is_ragged else self.size} {kind}"
+
+
+def map_stream(file: MappedFile, names: list[str] | None) -> tuple[np.ndarray, list[Column]]:
+    """The first row of each batch, and one past the last, (K + 1,) int64; and the columns.
+
+    Args:
+        file: the stream.
+        names: of columns; None for those that are usual and there.
+
+    Raises:
+        ImportError: pyarrow is missing.
+        DamagedFile: no whole Arrow stream.
+        ValueError: no rows, or columns that are not there, or hold something else than numbers and lists of them.
+    """
+    heads = _Heads(file)
+    messages = _Messages(heads)
+    schema = messages.schema()
+    chosen = _chosen(file.name, schema.names, names)
+    shapes = [_shape(file.name, schema.field(name)) for name in chosen]
+    pairs, rows, places = list(zip(chosen, shapes, strict=True)), [0], []
+    while (batch := messages.batch(schema)) is not None:
+        if len(batch):
+            places.append([messages.place(name, batch.column(name), shape) for name, shape in pairs])
+            rows.append(rows[-1] + len(batch))
+    if not places:
+        raise ValueError(f"source: empty corpus, wanted rows in {file.name}, got none")
+    found = np.array(places, np.int64)
+    columns = [Column(name, *shape, *found[:, k].T.copy()) for k, (name, shape) in enumerate(pairs)]
+    return np.array(rows, np.int64), columns
+
+
+Shape = tuple[np.dtype, int | None, bool, np.dtype | None]  # Column's dtype, size, is_number, edges
+
+
+class _Heads:
+    """The file as pyarrow reads it, front to back: heads as they are, bodies as memory that nothing was written to."""
+
+    closed = False
+
+    def __init__(self, file: MappedFile):
+        self.file, self.at, self.message = file, 0, 0
+
+    def read(self, count: int) -> Any:
+        """The next bytes, fewer where the file ends."""
+        count = min(count, self.file.size - self.at)
+        start, self.at = self.at, self.at + count
+        if count and start >= self._body():
+            return mmap.mmap(-1, count)
+        if count > LONGEST_HEAD:
+            raise DamagedFile(f"{self.file.name}, byte {self.message + 4}: a head of {count} bytes cannot be true")
+        with self.file.view(start, self.at) as raw:
+            return raw.tobytes()
+
+    def begin(self) -> None:
+        """A message begins here."""
+        self.message = self.at
+
+    def length(self) -> int:
+        """Of the head of this message; 0 at the end of the stream."""
+        with self.file.view(self.message, min(self.message + 8, self.file.size)) as raw:
+            prefix = raw.tobytes()
+        if len(prefix) < 8 or not prefix.startswith(STREAM):
+            wanted = f"the mark {STREAM.hex(' ')} and a length"
+            raise DamagedFile(f"{self.file.name}, byte {self.message}: wanted {wanted}, got {prefix.hex(' ')!r}")
+        return int.from_bytes(prefix[4:], "little", signed=True)
+
+    def _body(self) -> int:
+        return self.message + 8 + max(0, self.length())
+
+
+class _Messages:
+    """The messages of a stream, one by one; every error of pyarrow becomes one that names the file."""
+
+    def __init__(self, heads: _Heads):
+        self._pa = _pyarrow()
+        self._heads = heads
+        self._reader = self._pa.ipc.MessageReader.open_stream(self._pa.PythonFile(heads, mode="r"))
+        self._body: Any = None
+
+    def schema(self) -> Any:
+        message = self._next()
+        if message is None:
+            raise DamagedFile(f"{self._heads.file.name}, byte 0: wanted a schema, got the end of a stream")
+        return self._parsed(lambda: self._pa.ipc.read_schema(message))
+
+    def batch(self, schema: Any) -> Any:
+        """The next record batch, whose buffers tell where they are and hold nothing; None at the end."""
+        message = self._next()
+        if message is None:
+            return None
+        if message.type != "record batch":
+            raise ValueError(f"source: wanted columns that are stored plainly in {self._heads.file.name}, got a "
+                             f"{message.type}: cast columns with a dictionary to their values")  # fmt: skip
+        self._body = message.body
+        batch = self._parsed(lambda: self._pa.ipc.read_record_batch(message, schema))
+        wrong = next((column for column in batch.columns if len(column) != len(batch)), None)
+        if wrong is not None:
+            raise DamagedFile(f"{self._where()}: wanted {len(batch)} rows in every column, got {len(wrong)}")
+        return batch
+
+    def place(self, name: str, column: Any, shape: Shape) -> tuple[int, int, int]:
+        """Where the values and the edges of a column begin, in items of theirs, and how many values there are."""
+        dtype, size, is_number, edges = shape
+        values = column if is_number else column.values
+        if column.null_count or values.null_count:
+            raise ValueError(f"columns: wanted a value in every row of {name!r}, got nulls in {self._where()}")
+        needed = len(column) * size if size is not None else len(values)
+        first = self._begin(name, column.buffers()[-1], dtype, needed)
+        offset = 0 if edges is None else self._begin(name, column.buffers()[1], edges, len(column) + 1)
+        return first, offset, len(values)
+
+    def _begin(self, name: str, buffer: Any, dtype: np.dtype, count: int) -> int:
+        needed = count * dtype.itemsize
+        if needed == 0:
+            return 0
+        body = (0, 0) if self._body is None else (self._body.address, self._body.size)
+        found = (0, 0) if buffer is None else (buffer.address - body[0], buffer.size)
+        place = self._heads.at - body[1] + found[0]
+        if not 0 <= found[0] <= found[0] + needed <= body[1] or found[1] < needed or place % dtype.itemsize:
+            wanted = f"{needed} bytes of column {name!r} inside the batch, not compressed"
+            raise DamagedFile(f"{self._where()}: wanted {wanted}, got {found[1]} bytes at {found[0]} of {body[1]}")
+        return place // dtype.itemsize
+
+    def _next(self) -> Any:
+        self._heads.begin()
+        if self._heads.length() == 0:
+            self._heads.read(len(END))
+            if self._heads.at != self._heads.file.size:
+                name, at = self._heads.file.name, self._heads.at
+                raise DamagedFile(f"{name}: the stream ends at byte {at}, got {self._heads.file.size} bytes")
+            return None
+        return self._parsed(self._reader.read_next_message)
+
+    def _parsed(self, parse: Any) -> Any:
+        try:
+            return parse()
+        except DamagedFile:
+            raise
+        except Exception as error:  # whatever the parser stumbles over, the file is what is wrong
+            raise DamagedFile(
+                f"{self._where()}: the Arrow message cannot be read, or is compressed: {error}"
+            ) from error
+
+    def _where(self) -> str:
+        return f"{self._heads.file.name}, byte {self._heads.message}"
+
+
+def _chosen(file: str, there: list[str], names: list[str] | None) -> list[str]:
+    chosen = [name for name in USUAL if name in there] if names is None else names
+    missing = [name for name in (chosen if names is not None else USUAL[:1]) if there.count(name) != 1]
+    if missing:
+        wanted = f"names of columns in {file}, which has {there}"
+        raise ValueError(f"columns: wanted {wanted}, got {names}: {missing[0]!r} is not there once")
+    return chosen
+
+
+def _shape(file: str, field: Any) -> Shape:
+    pa, kind = _pyarrow(), field.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    fixed = pa.types.is_fixed_size_list(kind)
+    value = kind.value_type if lists or fixed else kind
+    known = pa.types.is_integer(value) or (pa.types.is_floating(value) and not lists)
+    if not known:
+        wanted = "numbers, or lists of integers"
+        raise ValueError(f"columns: wanted columns of {wanted}, got {field.name!r} of {kind} in {file}")
+    dtype = np.dtype(value.to_pandas_dtype()).newbyteorder("<")
+    if lists:
+        return dtype, None, False, np.dtype("<i8" if pa.types.is_large_list(kind) else "<i4")
+    return dtype, kind.list_size if fixed else 1, not fixed, None
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.ipc
+    except ImportError as error:
+        raise ImportError("source: reading Arrow files takes pyarrow: pip install finf_fast[arrow]") from error
+    return pa
