@@ -28,6 +28,13 @@ using namespace py::literals;
 
 namespace {
 
+// Lets the interpreter's lock go for as long as it lives. A daemon thread that asks for the lock while the interpreter
+// ends is unwound from inside that call, which a destructor has to allow: pybind11's own would end the process there.
+struct Unlocked {
+    PyThreadState* const state = PyEval_SaveThread();
+    ~Unlocked() noexcept(false) { PyEval_RestoreThread(state); }
+};
+
 template <class T>
 T* memory(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -301,7 +308,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled loops of finf_fast. Addresses of first elements; sizes and strides in elements.";
-    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    const auto unlocked = py::call_guard<Unlocked>();
 
     module.def("cross_entropy_delta", cross_entropy_delta, unlocked, "z"_a, "z_dtype"_a, "z_stride"_a, "dz"_a,
                "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a, "delta_stride_q"_a,

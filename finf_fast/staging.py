@@ -6,16 +6,22 @@ decoded blocks wait at any moment, whatever their size; whoever waits sleeps unt
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from finf_fast.records import Block, Plan
 
 __all__ = ["stage"]
 
 _END = object()
+GRACE = 5.0  # seconds that the end of the interpreter waits for a reading that hangs, on a network disk perhaps
 
 
 def stage(corpus: Any, plan: Plan, numbers: Iterable[int], depth: int = 2) -> Iterator[Block]:
@@ -66,8 +72,13 @@ class _Reader(threading.Thread):
         self._work = corpus, plan, numbers
         self._stopped = False
 
+    def start(self) -> None:
+        _running.add(self)
+        super().start()
+
     def run(self) -> None:
         try:
+            _stay_alone()
             self._read_all(*self._work)
         except BaseException as error:
             self.ready.put(error)
@@ -84,8 +95,32 @@ class _Reader(threading.Thread):
             start, stop = plan.rows(number)
             self.ready.put(Block(number, start, stop, corpus.read(start, stop)))
 
-    def stop(self) -> None:
-        """Wake the thread if it waits for a slot, and wait until it is gone."""
+    def stop(self, patience: float | None = None) -> None:
+        """Wake the thread if it waits for a slot, and wait until it is gone, or for so many seconds."""
         self._stopped = True
         self.slots.release()
-        self.join()
+        self.join(patience)
+
+
+def _stay_alone() -> None:
+    """Keeps torch's operations in the calling thread to that thread; others are as they were.
+
+    A second team of OpenMP's threads, beside that of the model, would spin on the cores that the model's wait for.
+    """
+    torch.get_num_threads()  # torch gives a thread its number at the first question, and would undo what comes before
+    try:
+        limit = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
+    except (OSError, TypeError):  # a system whose programs have no symbols of their own
+        return
+    if limit is not None:
+        limit(1)
+
+
+_running: weakref.WeakSet[_Reader] = weakref.WeakSet()
+
+
+# A daemon thread that is inside torch when the interpreter ends takes the process down with it, exit status and all.
+@atexit.register
+def _stop_all() -> None:
+    for reader in tuple(_running):
+        reader.stop(GRACE)

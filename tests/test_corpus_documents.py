@@ -1,4 +1,4 @@
-"""Corpora of documents, Megatron's and datatrove's: every document its own tokens, and every way to be wrong named."""
+"""Corpora of documents (Megatron, datatrove): each document its own tokens, and every way to be wrong named."""
 
 from __future__ import annotations
 

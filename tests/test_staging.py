@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import traceback
 import weakref
@@ -203,3 +204,25 @@ def test_a_block_that_the_plan_does_not_have_is_refused(number):
 def test_a_depth_that_makes_no_sense_is_refused_at_once(depth, error):
     with pytest.raises(error, match="depth: wanted"):
         stage(Counted(), Plan(0, 100, 10), [0], depth)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch's OpenMP is found by its symbol")
+def test_reading_takes_no_threads_from_the_model():
+    found, before = [], torch.get_num_threads()
+
+    class Asking(Counted):
+        def read(self, start, stop):
+            found.append((torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+            return super().read(start, stop)
+
+    torch.set_num_threads(3)
+    try:
+        list(stage(Asking(), Plan(0, 30, 10), range(3)))
+        assert found == [(1, False)] * 3
+        assert torch.get_num_threads() == 3
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert found[-1] == 3
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Samples of different lengths in one stream of tokens: what Megatron's and datatrove's corpora have in common."""
+"""Samples of different lengths in one stream of tokens: what Megatron's, datatrove's and OLMo's have in common."""
 
 from __future__ import annotations
 

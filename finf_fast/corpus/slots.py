@@ -67,8 +67,10 @@ class _Lease:
 
 
 def _take_back(waiting: deque[np.ndarray], memory: np.ndarray) -> None:
+    if memory.nbytes > KEPT_BYTES:
+        return
     waiting.append(memory)
-    if len(waiting) > KEPT or sum(slot.nbytes for slot in tuple(waiting)) > KEPT_BYTES:
+    while len(waiting) > KEPT or sum(slot.nbytes for slot in tuple(waiting)) > KEPT_BYTES:
         try:
             waiting.popleft()
         except IndexError:  # another thread took it

@@ -14,13 +14,13 @@ from finf_fast.records import DamagedFile
 
 __all__ = ["gzip_head", "is_gzip", "unpacked"]
 
-MAGIC = b"\x1f\x8b"
+MAGIC = b"\x1f\x8b\x08"  # and deflate, the one method there is
 PIECE = 1 << 20  # bytes copied at a time
 
 
 def is_gzip(path: str | os.PathLike) -> bool:
     with open(path, "rb") as handle:
-        return handle.read(2) == MAGIC
+        return handle.read(len(MAGIC)) == MAGIC
 
 
 def gzip_head(path: str | os.PathLike, count: int) -> bytes:

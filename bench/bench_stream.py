@@ -1,0 +1,171 @@
+"""Data on its way to the model, cache warm: against copying what is delivered, DataLoader, and no loading at all.
+
+DataLoader is given what people write for these files: a Dataset over a memory map, a sample at a time, no workers
+(one or two are slower here). The end-to-end row is a sweep with a small model over a file, against the same sweep over
+tensors that are in memory already.
+
+    python bench/bench_stream.py [--save] [--quick]
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import finf_fast as ff
+import machine
+import measure
+import table
+from finf_fast.corpus import open_corpus
+
+WINDOW, BATCH = 1024, 256
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case; a ratio above 1 says how many times faster the corpus is."""
+
+    case: str
+    samples_per_s: float
+    gb_per_s: float
+    percent_of_copy: float | None = None
+    dataloader_ratio: float | None = None
+    percent_of_compute: float | None = None
+
+    def line(self) -> str:
+        parts = [f"{self.case:44} | {self.samples_per_s:12,.0f}/s | {self.gb_per_s:5.1f} GB/s delivered"]
+        if self.percent_of_copy is not None:
+            parts.append(f"{self.percent_of_copy:4.0f} % of a copy | {self.dataloader_ratio:5.1f} x DataLoader")
+        if self.percent_of_compute is not None:
+            parts.append(f"{self.percent_of_compute:5.1f} % of the speed without loading")
+        return " | ".join(parts)
+
+
+class Windows(Dataset):
+    """As in many a training script: a slice of a memory map, to int64."""
+
+    def __init__(self, path: Path):
+        self.tokens = np.memmap(path, np.uint16, "r")
+
+    def __len__(self) -> int:
+        return len(self.tokens) // WINDOW
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.from_numpy(self.tokens[i * WINDOW : (i + 1) * WINDOW].astype(np.int64))
+
+
+class Images(Dataset):
+    """As ToTensor and Normalize do it, image by image."""
+
+    def __init__(self, path: Path):
+        self.pixels = np.load(path, mmap_mode="r")
+        self.mean, self.std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> Tensor:
+        image = torch.from_numpy(self.pixels[i].transpose(2, 0, 1).copy()).float().div(255)
+        return image.sub(self.mean).div(self.std)
+
+
+def through(corpus) -> Callable[[], None]:
+    """A pass over a corpus in batches, each let go before the next but one is asked for, as a model would."""
+
+    def run() -> None:
+        batch = None
+        for start in range(0, len(corpus), BATCH):
+            batch = corpus.read(start, min(start + BATCH, len(corpus)))
+        del batch
+
+    return run
+
+
+def loaded(dataset: Dataset) -> Callable[[], None]:
+    def run() -> None:
+        for _ in DataLoader(dataset, batch_size=BATCH, num_workers=0):
+            pass
+
+    return run
+
+
+def copied(like: Tensor, samples: int) -> Callable[[], None]:
+    """Copies as many bytes as are delivered, batch by batch, into memory that is there."""
+    to = torch.empty_like(like)
+
+    def run() -> None:
+        for _ in range(0, samples, BATCH):
+            to.copy_(like)
+
+    return run
+
+
+def delivery(case: str, corpus, dataset: Dataset, rounds: int) -> Row:
+    batch = corpus.read(0, BATCH)
+    ours = through(corpus)
+    for _ in range(3):
+        ours()  # the way of reading is chosen on the first blocks
+    ways = {"ours": ours, "copy": copied(batch, len(corpus)), "loader": loaded(dataset)}
+    seconds = measure.interleaved(ways, rounds)
+    spent = measure.median_ms(seconds["ours"]) / 1e3
+    share = 100 * measure.ratio(seconds["copy"], seconds["ours"])
+    ratio = measure.ratio(seconds["loader"], seconds["ours"])
+    return Row(case, len(corpus) / spent, batch.nbytes / BATCH * len(corpus) / spent / 1e9, share, ratio)
+
+
+def sweeping(case: str, from_file, in_memory, rounds: int) -> Row:
+    """A sweep with one query and a small model, data from a file against the same data in memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 128), nn.GELU(), nn.Linear(128, 10)).eval()
+    x, y = from_file.read(0, 1)
+    update = ff.mirror(model, (x, y), lr=1e-2)
+    ways = {
+        "file": lambda: ff.sweep(model, [update], from_file, batch_size=1024),
+        "memory": lambda: ff.sweep(model, [update], in_memory, batch_size=1024),
+    }
+    seconds = measure.interleaved(ways, rounds)
+    spent = measure.median_ms(seconds["file"]) / 1e3
+    share = 100 * measure.ratio(seconds["memory"], seconds["file"])
+    size = x.nbytes * len(from_file) / spent / 1e9
+    return Row(case, len(from_file) / spent, size, percent_of_compute=share)
+
+
+def run(folder: Path, samples: int, rounds: int) -> list[Row]:
+    draw = np.random.default_rng(0)
+    tokens, images, labels = (folder / name for name in ("train.bin", "images.npy", "labels.npy"))
+    draw.integers(0, 50257, samples * WINDOW, np.uint16).tofile(tokens)
+    np.save(images, draw.integers(0, 256, (samples, 32, 32, 3), np.uint8))
+    np.save(labels, draw.integers(0, 10, samples))
+    pixels = {"mean": MEAN, "std": STD, "layout": "NHWC"}
+    rows = [
+        delivery(f"windows of {WINDOW}", open_corpus(tokens, window=WINDOW), Windows(tokens), rounds),
+        delivery("32x32 images, fp32", open_corpus(images, **pixels), Images(images), rounds),
+        delivery("32x32 images, bf16", open_corpus(images, **pixels, dtype="bfloat16"), Images(images), rounds),
+    ]
+    corpus = open_corpus((images, labels), **pixels)
+    memory = corpus.read(0, len(corpus))
+    return [*rows, sweeping("sweep, 3072-128-10 net, fp32 images", corpus, memory, rounds)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = table.parser(__doc__.splitlines()[0]).parse_args(argv)
+    torch.set_num_threads(options.threads)
+    about = machine.describe()
+    print(f"stream on {about['processor']}, {options.threads} threads, torch {about['torch']}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(Path(folder), 2048 if options.quick else 40_000, options.rounds or (2 if options.quick else 7))
+    print("\n".join(row.line() for row in rows))
+    if options.save:
+        print(f"saved to {table.append('stream', [asdict(row) for row in rows], about)}")
+
+
+if __name__ == "__main__":
+    main()

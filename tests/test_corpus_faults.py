@@ -1,0 +1,191 @@
+"""What a disk does while a sweep reads from it: a named error, all that was scored kept, and the same bits after."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finf_fast as ff
+from finf_fast.corpus import open_corpus
+from finf_fast.records import DamagedFile
+from nets import language_model
+
+WINDOW, SAMPLES, BATCH = 8, 400, 8
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    path = tmp_path / "train.bin"
+    np.random.default_rng(0).integers(0, 19, SAMPLES * WINDOW).astype("<u2").tofile(path)
+    return path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def grow(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"\0\0")
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def replace(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+def overwrite(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\1\0")
+
+
+def unlisted(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+
+
+FAULTS = {
+    cut: "shrank from 6400 to 100 bytes|shrank: wanted bytes up to",
+    grow: "grew from 6400 to 6402 bytes",
+    delete: "was deleted",
+    replace: "was replaced by another file",
+    overwrite: "was written to",
+    unlisted: "was deleted",
+}
+
+
+@pytest.mark.parametrize("io", ["read", "map"])
+@pytest.mark.parametrize(("fault", "words"), FAULTS.items(), ids=[fault.__name__ for fault in FAULTS])
+def test_a_file_that_changes_while_it_is_swept(tmp_path, tokens, fault, words, io):
+    content, (model, _) = tokens.read_bytes(), language_model()
+    update = ff.mirror(model, torch.tensor([[1, 2, 3]]), loss="causal_lm", lr=0.1)
+    settings = {"loss": "causal_lm", "batch_size": BATCH}
+    ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), out=tmp_path / "whole", **settings)
+    seen = []
+
+    def strike(done, total):
+        seen.append(done)
+        if len(seen) == 5:
+            fault(tokens)
+
+    corpus = open_corpus(tokens, window=WINDOW, io=io)
+    with pytest.raises(DamagedFile, match=rf"train\.bin.*({words})"):
+        ff.sweep(model, [update], corpus, out=tmp_path / "part", progress=strike, **settings)
+    partial = ff.Scores.open(tmp_path / "part", partial=True)
+    assert np.isfinite(partial.base).sum() == seen[-1] < SAMPLES
+    tokens.write_bytes(content)
+    ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), out=tmp_path / "part", **settings)
+    for name in ("base.npy", "delta.npy"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def run_python(code: str, *arguments: str) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from finf_fast.corpus import open_corpus
+folder, count = sys.argv[1], int(sys.argv[2])
+corpus = open_corpus(f"{folder}/*.bin", window=4)
+assert len(corpus) == 2 * count, len(corpus)
+for start in range(0, 2 * count, 1000):
+    found = corpus.read(start, min(start + 1000, 2 * count))
+    assert [row[0] for row in found.tolist()] == [i // 2 % 65521 for i in range(start, start + len(found))]
+assert corpus.locate(2 * count - 1).endswith(f"{count - 1:06d}.bin, byte 8")
+assert len(corpus.describe()["paths"]) <= 21
+"""
+
+
+@pytest.mark.parametrize("count", [600, pytest.param(100_000, marks=pytest.mark.prove)])
+def test_more_files_than_a_process_may_open(tmp_path, count):
+    for i in range(count):
+        with open(tmp_path / f"{i:06d}.bin", "wb") as file:
+            file.write(np.full(8, i % 65521, "<u2").tobytes())
+    run_python(MANY, str(tmp_path), str(count))
+
+
+BILLION = """
+import resource, sys
+import torch
+from finf_fast.corpus import open_corpus
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+corpus = open_corpus(sys.argv[1], window=4)
+assert len(corpus) == 10**9
+assert corpus[10**9 - 1].tolist() == [1, 2, 3, 4] and corpus[10**9 - 2].tolist() == [0] * 4
+assert corpus.locate(10**9 - 1).endswith(", byte 7999999992")
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+assert grown < 100, f"{grown} MiB"
+"""
+
+
+def test_a_billion_samples_are_arithmetic(tmp_path):
+    path = tmp_path / "large.bin"
+    with open(path, "wb") as file:
+        file.truncate(8 * (10**9 - 1))
+        file.seek(0, os.SEEK_END)
+        file.write(np.arange(1, 5, dtype="<u2").tobytes())
+    run_python(BILLION, str(path))
+
+
+FLAT = """
+import sys
+from finf_fast.corpus import open_corpus
+corpus = open_corpus(sys.argv[1], window=1024, io=sys.argv[2])
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
+for start in range(0, 64 * 256, 256):
+    corpus.read(start, start + 256)
+before, most = resident(), 0
+for start in range(64 * 256, len(corpus), 256):
+    corpus.read(start, min(start + 256, len(corpus)))
+    most = max(most, resident())
+assert most - before < 64, f"{most - before} MiB more"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc")
+@pytest.mark.parametrize("gib", [0.5, pytest.param(10, marks=pytest.mark.prove)])
+@pytest.mark.parametrize("io", ["read", "map"])
+def test_resident_memory_does_not_follow_the_corpus(tmp_path, io, gib):
+    path = tmp_path / "sparse.bin"
+    with open(path, "wb") as file:
+        file.truncate(int(gib * 2**30))
+    run_python(FLAT, str(path), io)
+
+
+FULL = """
+import resource, sys
+import numpy as np, torch
+import finf_fast as ff
+from nets import mlp
+model, data = mlp(4000)
+update = ff.mirror(model, (data[0][:1], data[1][:1]), lr=1e-2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # base.npy alone takes 32,128 bytes
+try:
+    ff.sweep(model, [update], data, out=sys.argv[1], batch_size=50)
+except OSError as error:
+    assert sys.argv[1] in str(error), error
+else:
+    raise SystemExit("wanted an error")
+"""
+
+
+def test_a_result_folder_that_cannot_hold_the_result_is_refused(tmp_path):
+    run_python("import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + FULL, str(tmp_path / "run"))
