@@ -1,7 +1,8 @@
 """Data on its way to the model, cache warm: against copying what is delivered, DataLoader, and no loading at all.
 
 DataLoader is given what people write for these files: a Dataset over a memory map, a sample at a time, no workers
-(one or two are slower here). The end-to-end row is a sweep with a small model over a file, against the same sweep over
+(one or two are slower here); of images one Dataset with the arithmetic alone, and where torchvision is installed one
+with its transforms. The end-to-end row is a sweep with a small model over a file, against the same sweep over
 tensors that are in memory already.
 
     python bench/bench_stream.py [--save] [--quick]
@@ -36,14 +37,19 @@ class Row:
     case: str
     samples_per_s: float
     gb_per_s: float
-    percent_of_copy: float | None = None
+    percent_of_copy: float | None = None  # of copying as much from memory into a batch's place
+    percent_of_cached_copy: float | None = None  # of copying one batch as often, which never leaves the cache
     dataloader_ratio: float | None = None
+    torchvision_ratio: float | None = None  # to DataLoader with torchvision's transforms
     percent_of_compute: float | None = None
 
     def line(self) -> str:
         parts = [f"{self.case:44} | {self.samples_per_s:12,.0f}/s | {self.gb_per_s:5.1f} GB/s delivered"]
         if self.percent_of_copy is not None:
-            parts.append(f"{self.percent_of_copy:4.0f} % of a copy | {self.dataloader_ratio:5.1f} x DataLoader")
+            copies = f"{self.percent_of_copy:4.0f} % of a copy ({self.percent_of_cached_copy:.0f} % inside the cache)"
+            parts.append(f"{copies} | {self.dataloader_ratio:5.1f} x DataLoader")
+        if self.torchvision_ratio is not None:
+            parts.append(f"{self.torchvision_ratio:5.1f} x DataLoader with torchvision")
         if self.percent_of_compute is not None:
             parts.append(f"{self.percent_of_compute:5.1f} % of the speed without loading")
         return " | ".join(parts)
@@ -63,7 +69,7 @@ class Windows(Dataset):
 
 
 class Images(Dataset):
-    """As ToTensor and Normalize do it, image by image."""
+    """Image by image, the arithmetic of ToTensor and Normalize and nothing around it."""
 
     def __init__(self, path: Path):
         self.pixels = np.load(path, mmap_mode="r")
@@ -75,6 +81,28 @@ class Images(Dataset):
     def __getitem__(self, i: int) -> Tensor:
         image = torch.from_numpy(self.pixels[i].transpose(2, 0, 1).copy()).float().div(255)
         return image.sub(self.mean).div(self.std)
+
+
+class Transformed(Images):
+    """The same with torchvision's own ToTensor and Normalize."""
+
+    def __init__(self, path: Path):
+        from torchvision import transforms
+
+        self.pixels = np.load(path, mmap_mode="c")  # torchvision warns of memory that may not be written
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.transform(self.pixels[i])
+
+
+def transformed(path: Path) -> Transformed | None:
+    """None where torchvision is not there, or was built for another torch."""
+    try:
+        return Transformed(path)
+    except (ImportError, RuntimeError) as error:
+        print(f"without torchvision: {error}")
+        return None
 
 
 def through(corpus) -> Callable[[], None]:
@@ -98,7 +126,18 @@ def loaded(dataset: Dataset) -> Callable[[], None]:
 
 
 def copied(like: Tensor, samples: int) -> Callable[[], None]:
-    """Copies as many bytes as are delivered, batch by batch, into memory that is there."""
+    """Copies as many bytes as are delivered, each from a place of its own, batch by batch into memory that is there."""
+    source = torch.ones(like.nbytes // BATCH * samples, dtype=torch.uint8)
+    to = torch.empty(like.nbytes, dtype=torch.uint8)
+
+    def run() -> None:
+        for batch in source.split(len(to)):
+            to[: len(batch)].copy_(batch)
+
+    return run
+
+
+def copied_inside_cache(like: Tensor, samples: int) -> Callable[[], None]:
     to = torch.empty_like(like)
 
     def run() -> None:
@@ -108,17 +147,24 @@ def copied(like: Tensor, samples: int) -> Callable[[], None]:
     return run
 
 
-def delivery(case: str, corpus, dataset: Dataset, rounds: int) -> Row:
+def delivery(case: str, corpus, dataset: Dataset, rounds: int, peer: Dataset | None = None) -> Row:
     batch = corpus.read(0, BATCH)
     ours = through(corpus)
     for _ in range(3):
         ours()  # the way of reading is chosen on the first blocks
-    ways = {"ours": ours, "copy": copied(batch, len(corpus)), "loader": loaded(dataset)}
+    ways = {
+        "ours": ours,
+        "copy": copied(batch, len(corpus)),
+        "cached": copied_inside_cache(batch, len(corpus)),
+        "loader": loaded(dataset),
+        **({} if peer is None else {"torchvision": loaded(peer)}),
+    }
     seconds = measure.interleaved(ways, rounds)
     spent = measure.median_ms(seconds["ours"]) / 1e3
-    share = 100 * measure.ratio(seconds["copy"], seconds["ours"])
-    ratio = measure.ratio(seconds["loader"], seconds["ours"])
-    return Row(case, len(corpus) / spent, batch.nbytes / BATCH * len(corpus) / spent / 1e9, share, ratio)
+    copy, cached, loader = (measure.ratio(seconds[way], seconds["ours"]) for way in ("copy", "cached", "loader"))
+    size = batch.nbytes / BATCH * len(corpus) / spent / 1e9
+    beside = None if peer is None else measure.ratio(seconds["torchvision"], seconds["ours"])
+    return Row(case, len(corpus) / spent, size, 100 * copy, 100 * cached, loader, beside)
 
 
 def sweeping(case: str, from_file, in_memory, rounds: int) -> Row:
@@ -145,10 +191,11 @@ def run(folder: Path, samples: int, rounds: int) -> list[Row]:
     np.save(images, draw.integers(0, 256, (samples, 32, 32, 3), np.uint8))
     np.save(labels, draw.integers(0, 10, samples))
     pixels = {"mean": MEAN, "std": STD, "layout": "NHWC"}
+    peer = transformed(images)
     rows = [
         delivery(f"windows of {WINDOW}", open_corpus(tokens, window=WINDOW), Windows(tokens), rounds),
-        delivery("32x32 images, fp32", open_corpus(images, **pixels), Images(images), rounds),
-        delivery("32x32 images, bf16", open_corpus(images, **pixels, dtype="bfloat16"), Images(images), rounds),
+        delivery("32x32 images, fp32", open_corpus(images, **pixels), Images(images), rounds, peer),
+        delivery("32x32 images, bf16", open_corpus(images, **pixels, dtype="bfloat16"), Images(images), rounds, peer),
     ]
     corpus = open_corpus((images, labels), **pixels)
     memory = corpus.read(0, len(corpus))

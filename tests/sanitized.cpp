@@ -1,8 +1,11 @@
 // Calls every compiled operation on buffers of exactly their size, on several threads at once, over every ragged edge
 // of its loops. Built with sanitizers by test_isa.py: a read past an end, an overflow or a race ends the program.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <thread>
@@ -21,6 +24,7 @@
 #include "../csrc/cpu/segment_sum.h"
 #include "../csrc/cpu/squared_error_delta.h"
 #include "../csrc/cpu/topk_merge.h"
+#include "../csrc/io/deliver.h"
 
 namespace {
 
@@ -242,8 +246,57 @@ void attend_everywhere(std::mt19937& draw) {
                 }
 }
 
+// A file of its own for every delivery, whole, in strides and in any order, by both ways of reading.
+void deliver_from(const finf::OpenFile& file, const std::vector<uint16_t>& stored, std::mt19937& draw) {
+    const int64_t count = static_cast<int64_t>(stored.size());
+    for (int64_t length : {int64_t{1}, int64_t{100}, int64_t{1024}, count})
+        for (int64_t step : {length, length / 2 + 1, 3 * length}) {
+            const int64_t R = (count - length) / step + 1;
+            std::vector<int64_t> out(R * length), starts(R), lengths(R);
+            finf::deliver_integers({file, nullptr, 0, 2 * step, nullptr, R, length, THREADS}, finf::Stored::u16, 0,
+                                   out.data());
+            if (out.back() != stored[(R - 1) * step + length - 1]) std::abort();
+            for (int64_t r = 0; r < R; ++r) {
+                starts[r] = 2 * static_cast<int64_t>(draw() % (count - length + 1));
+                lengths[r] = static_cast<int64_t>(draw() % (length + 1));
+            }
+            finf::deliver_integers({file, starts.data(), 0, 0, lengths.data(), R, length, THREADS}, finf::Stored::u16,
+                                   -100, out.data());
+            std::vector<uint8_t> raw(2 * R * length);
+            finf::deliver_raw({file, starts.data(), 0, 0, nullptr, R, length, THREADS}, 2, raw.data());
+        }
+    const float mean[] = {0.4f, 0.5f, 0.6f}, spread[] = {0.2f, 0.3f, 0.25f};
+    std::vector<float> tables(3 * 256), pixels(30 * 300);
+    for (int c = 0; c < 3; ++c)
+        for (int x = 0; x < 256; ++x) tables[256 * c + x] = (static_cast<float>(x) / 255.0f - mean[c]) / spread[c];
+    for (int64_t run : {1, 4, 100})
+        for (const float* means : {mean, static_cast<const float*>(nullptr)})
+            finf::deliver_pixels({file, nullptr, 5, 301, nullptr, 30, 300, THREADS},
+                                 {tables.data(), 4, 3, run, means, spread}, pixels.data());
+    // Twice the same row: no reading may be asked for past the end of what is mapped.
+    finf::deliver_raw({file, nullptr, 0, 0, nullptr, 2, count, THREADS}, 2, std::vector<uint8_t>(4 * count).data());
+}
+
+void deliveries() {
+    std::mt19937 draw(7);
+    std::vector<uint16_t> stored(900'001);
+    for (uint16_t& one : stored) one = static_cast<uint16_t>(draw());
+    std::FILE* file = std::tmpfile();
+    const size_t bytes = 2 * stored.size();
+    if (!file || std::fwrite(stored.data(), 1, bytes, file) != bytes || std::fflush(file) != 0) std::abort();
+    finf::Spoilt spoilt{0};
+    void* map = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fileno(file), 0);
+    if (map == MAP_FAILED) std::abort();
+    for (const uint8_t* from : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(map)})
+        deliver_from({fileno(file), from, &spoilt}, stored, draw);
+    if (spoilt) std::abort();
+    munmap(map, bytes);
+    std::fclose(file);
+}
+
 void everything() {
     every_head();
+    deliveries();
     every_layer();
     std::mt19937 draw(0);
     attend_everywhere(draw);

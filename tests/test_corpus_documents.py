@@ -77,6 +77,15 @@ def test_megatron_documents_and_sequences_in_every_dtype(tmp_path, code, dtype, 
     assert corpus[3]["input_ids"].tolist() == together(parts, DOCUMENTS)[3]
 
 
+@pytest.mark.parametrize(("code", "dtype"), [(4, "<i4"), (5, "<i8"), (8, "<u2"), (7, "<u4")])
+def test_windows_of_a_megatron_stream_in_its_own_dtype(tmp_path, code, dtype):
+    """Its `.bin` looks like any file of uint16; its index knows better."""
+    parts = sequences(dtype, most=50257 if dtype == "<u2" else 200_000)
+    corpus = open_corpus(megatron(tmp_path, parts, code=code), window=5)
+    stream = np.concatenate(parts).astype(np.int64)
+    assert corpus.format == "tokens" and corpus.read(0, len(corpus)).tolist() == stream[:30].reshape(-1, 5).tolist()
+
+
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_datatrove_documents(tmp_path, dtype):
     parts = sequences(dtype)

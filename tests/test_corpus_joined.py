@@ -71,6 +71,33 @@ def test_token_files_by_a_pattern_in_the_order_of_their_names(tmp_path):
     assert turned.fingerprint != corpus.fingerprint
 
 
+def test_a_shard_without_a_window_adds_no_sample_and_is_told_of(tmp_path, caplog):
+    lengths = {"a": 3, "b": 10, "c": 0, "d": 8, "e": 2}
+    for name, length in lengths.items():
+        write(tmp_path / f"{name}.bin", np.arange(length, dtype="<u2").tobytes())
+    whole = open_corpus([tmp_path / "b.bin", tmp_path / "d.bin"], window=4)
+    corpus = open_corpus(tmp_path / "*.bin", window=4)
+    assert "3 of 5 files hold no window" in caplog.text and str(tmp_path / "a.bin") in caplog.text
+    assert torch.equal(corpus.read(0, 4), whole.read(0, 4)) and (len(corpus), len(whole)) == (4, 4)
+    assert corpus.fingerprint == whole.fingerprint  # the same samples
+    words, plain = corpus.describe(), whole.describe()
+    assert words["files_without_window"] == [str(tmp_path / f"{name}.bin") for name in "ace"]
+    assert (words["tokens"], words["tokens_dropped_at_tail"]) == (23, 7) and "files_without_window" not in plain
+    assert (plain["tokens"], plain["tokens_dropped_at_tail"], words["files"]) == (18, 2, 2)
+    both = JoinedCorpus([corpus, open_corpus(tmp_path / "d.bin", window=4)])
+    assert both.describe()["files_without_window"] == words["files_without_window"] and len(both) == 6
+
+
+def test_shards_that_are_all_too_short(tmp_path):
+    for name, length in (("a", 3), ("b", 10), ("c", 0)):
+        write(tmp_path / f"{name}.bin", np.arange(length, dtype="<u2").tobytes())
+    with pytest.raises(ValueError, match=r"at most 10 \(the tokens in .*b.bin, the longest of 3 files\), got 11"):
+        open_corpus(tmp_path, window=11)
+    with pytest.raises(DamagedFile, match="whole uint16 tokens"):  # a file that is broken is not a short one
+        write(tmp_path / "d.bin", b"abc")
+        open_corpus(tmp_path, window=4)
+
+
 def test_documents_of_several_files_are_padded_together(tmp_path):
     parts = [sequences(lengths=lengths) for lengths in ([2, 5], [9], [1, 1, 3])]
     for k, part in enumerate(parts):
@@ -105,12 +132,32 @@ def token_files(folder, names, count=8):
 
 
 def test_a_folder_of_files_of_one_kind(tmp_path):
-    token_files(tmp_path, ["b.bin", "a.bin", "a.txt"])
+    token_files(tmp_path, ["b.bin", "a.bin", "a.txt", "._a.bin"])
     corpus = open_corpus(tmp_path, window=4)
     assert corpus.describe()["paths"] == [str(tmp_path / "a.bin"), str(tmp_path / "b.bin")]
     token_files(tmp_path, ["c.npy"])
     with pytest.raises(ValueError, match=r"wanted a folder with data files of one kind, got 2 \*.bin, 1 \*.npy in"):
         open_corpus(tmp_path, window=4)
+
+
+def test_a_list_of_folders(tmp_path):
+    for name in "ba":
+        (tmp_path / name).mkdir()
+        token_files(tmp_path / name, ["x.bin"])
+        write(tmp_path / name / "data_batch_1.bin", records(2).tobytes())
+    folders = [tmp_path / "b", tmp_path / "a"]
+    corpus = open_corpus(folders)
+    assert corpus.describe()["paths"] == [str(folder / "data_batch_1.bin") for folder in folders]
+    for folder in folders:
+        (folder / "data_batch_1.bin").unlink()
+    assert open_corpus(folders, window=4).describe()["paths"] == [str(folder / "x.bin") for folder in folders]
+
+
+@pytest.mark.parametrize("write_pair", [datatrove, megatron])
+def test_a_tuple_of_paths_is_no_list_of_files(tmp_path, write_pair):
+    path = write_pair(tmp_path, sequences())
+    with pytest.raises(TypeError, match="got tuple; files of one format go in a list"):
+        open_corpus((path, path))
 
 
 def test_a_folder_of_pairs(tmp_path):
@@ -124,6 +171,30 @@ def test_a_folder_of_pairs(tmp_path):
             for file in list(folder.glob(f"{path.stem}.*")):
                 file.rename(folder / file.name.replace("text", name))
         assert texts(open_corpus(folder)) == [document.tolist() for part in parts for document in part]
+
+
+@pytest.mark.parametrize("write_pair", [datatrove, megatron])
+def test_a_pattern_that_fits_both_files_of_a_pair(tmp_path, write_pair):
+    """Opened by either file, a pair would be in the corpus twice."""
+    path = write_pair(tmp_path, sequences())
+    alone = texts(open_corpus(path))
+    assert texts(open_corpus(tmp_path / "text*")) == alone
+    assert texts(open_corpus(sorted(tmp_path.iterdir()))) == alone
+
+
+def test_a_worker_of_datatrove_that_had_no_document(tmp_path):
+    alone = texts(open_corpus(datatrove(tmp_path, sequences())))
+    for name in ("00001.ds", "00001.ds.index"):
+        (tmp_path / name).touch()
+    assert texts(open_corpus(tmp_path)) == alone and texts(open_corpus(tmp_path / "*.ds")) == alone
+    with pytest.raises(ValueError, match="empty corpus, wanted a document's end in .*00001.ds.index"):
+        open_corpus(tmp_path / "0*.ds")
+
+
+def test_a_pattern_that_fits_olmo_s_tables(tmp_path):
+    write(tmp_path / "part.npy", np.arange(8, dtype="<u2").tobytes())
+    write(tmp_path / "part.csv.gz", b"0,3,a,b,0\n3,8,c,d,1\n")
+    assert texts(open_corpus(tmp_path / "part*")) == [[0, 1, 2], [3, 4, 5, 6, 7]]
 
 
 def test_a_folder_of_arrays_is_not_guessed_at(tmp_path):
@@ -177,3 +248,17 @@ def test_more_files_than_may_be_open(tmp_path):
     )
     for io in ("read", "map"):
         subprocess.run([sys.executable, "-c", code, str(tmp_path), io], check=True)
+
+
+def test_a_folder_s_held_out_files_are_left_away(tmp_path):
+    token_files(tmp_path, ["fineweb_train_000002.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"])
+    names = [os.path.basename(path) for path in open_corpus(tmp_path, window=2).describe()["paths"]]
+    assert names == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert len(open_corpus(str(tmp_path / "*.bin"), window=2)) == 12  # a pattern means what it says
+    other = tmp_path / "other"
+    other.mkdir()
+    token_files(other, ["val.bin", "test.bin", "interval_7.bin"])  # nothing says what else would be trained on
+    assert len(open_corpus(other, window=2)) == 12
+    (other / "val.bin").rename(other / "train.bin")
+    names = [os.path.basename(path) for path in open_corpus(other, window=2).describe()["paths"]]
+    assert names == ["interval_7.bin", "train.bin"]

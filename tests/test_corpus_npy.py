@@ -221,21 +221,6 @@ def test_a_file_that_shrinks_is_an_error_and_no_signal(tmp_path):
         corpus.read(0, 32)  # these rows are still there, but whose they are now nobody knows
 
 
-def test_pages_that_go_while_they_are_brought_in_are_an_error_and_no_signal(tmp_path):
-    rows = np.zeros((64, 4096), np.uint8)
-    path = write(tmp_path / "x.npy", npy_bytes(rows.shape, "|u1", rows.tobytes()))
-    file = open_corpus(path, io="map")._features.file
-    mapped = file._open().map()
-    os.truncate(path, 4096)
-    try:
-        mapped.madvise(22, 8192, 4096)  # MADV_POPULATE_READ, past the end
-    except OSError as error:
-        if error.errno == 22:
-            pytest.skip("this kernel does not know MADV_POPULATE_READ (Linux 5.14)")
-    with pytest.raises(DamagedFile, match="shrank from 262272 to 4096 bytes while it was read, at byte 8192"):
-        file._bring_in(mapped, 8192, 4096)
-
-
 def test_a_fingerprint_follows_every_byte_of_both_files(images, labels):
     mark = lambda **options: open_corpus((images, labels), **options).fingerprint  # noqa: E731
     first = mark()

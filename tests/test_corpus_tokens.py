@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -66,6 +67,35 @@ def test_a_headerless_file_of_uint32_says_so(tmp_path):
         open_corpus(path, window=5)
 
 
+@pytest.mark.parametrize("vocabulary", [65, 50257, 65536, 128256, 1 << 20])
+@pytest.mark.parametrize("count", [64, 100, 5000, 100_000])
+def test_uint32_read_as_uint16_is_seen(tmp_path, vocabulary, count):
+    # As in text, few tokens are frequent and they are the low ones: half of all are below the vocabulary's 1/16.
+    stream = (np.random.default_rng(count).random(count) ** 4 * vocabulary).astype("<u4")
+    path = write(tmp_path / "train.bin", stream.tobytes())
+    with pytest.raises(ValueError, match=r"dtype: wanted 'uint32', or 'uint16' all the same, for .*train"):
+        open_corpus(path, window=10)
+    for dtype, item in [("uint32", "<u4"), ("uint16", "<u2")]:
+        wanted = np.frombuffer(stream.tobytes(), item)[:10].tolist()
+        assert open_corpus(path, window=10, dtype=dtype)[0].tolist() == wanted
+    write(path, b"head" + stream.tobytes())
+    with pytest.raises(ValueError, match="dtype: wanted 'uint32'"):
+        open_corpus(path, window=10, header=4)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 17, 65, 50257, 65536])
+@pytest.mark.parametrize("count", [64, 103, 128, 5000, 100_000])
+def test_uint16_is_not_taken_for_uint32(tmp_path, vocabulary, count):
+    draw = np.random.default_rng(count)
+    for stream in (
+        draw.integers(0, vocabulary, count),
+        (draw.random(count) ** 4 * vocabulary).astype(int),
+        np.where(np.arange(count) < count // 3, draw.integers(0, vocabulary, count), 0),  # padded with zeros
+    ):
+        corpus = open_corpus(write(tmp_path / "train.bin", stream.astype("<u2").tobytes()), window=10)
+        assert corpus[1].tolist() == stream[10:20].tolist()
+
+
 def test_a_header_of_another_kind_is_skipped(tmp_path):
     path = write(tmp_path / "train.bin", b"seven b" + STREAM.tobytes())
     corpus = open_corpus(path, window=103, header=7)
@@ -116,6 +146,16 @@ def test_files_and_settings_that_do_not_fit_are_refused(tmp_path, content, optio
     path = write(tmp_path / "train.bin", content)
     with pytest.raises(error, match=words):
         open_corpus(path, **{"window": 10, **options})
+
+
+def test_a_packed_stream_is_not_read_as_tokens(tmp_path):
+    path = tmp_path / "x.bin.gz"
+    path.write_bytes(gzip.compress(np.arange(1000, dtype="<u2").tobytes()))
+    with pytest.raises(ValueError, match=r"got .*x\.bin\.gz, which is gzipped: unpack it first"):
+        open_corpus(path, window=10, dtype="uint16")
+    stream = np.array([0x8B1F, 8, *range(100)], "<u2")  # tokens may begin with the same bytes
+    stream.tofile(tmp_path / "y.bin")
+    assert open_corpus(tmp_path / "y.bin", window=51)[0].tolist() == stream[:51].tolist()
 
 
 def test_a_stream_of_more_than_two_thousand_million_tokens(tmp_path):

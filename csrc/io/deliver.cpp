@@ -1,5 +1,7 @@
 #include "deliver.h"
 
+#include <errno.h>
+
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -12,6 +14,7 @@
 #include "../cpu/parallel.h"
 #include "../cpu/past_cache.h"
 #include "past.h"
+#include "rescue.h"
 
 namespace finf {
 namespace {
@@ -19,6 +22,8 @@ namespace {
 // Bytes of the file that are converted at a time: read into memory that stays in a second-level cache of 512 KiB or
 // more, with what they become. Of a mapping more, since each piece costs two calls that stop the other threads.
 constexpr int64_t READ_PIECE = int64_t{1} << 17, MAP_PIECE = int64_t{1} << 21;
+// Of the file for each thread that is woken: sleeping ones take longer to come than it takes to convert less.
+constexpr int64_t WORTH_WAKING = 3 * READ_PIECE;
 // Between two rows; what is less is read along with them, which costs less than another call.
 constexpr int64_t MOST_GAP = 4096;
 constexpr int64_t STORED_BYTES[] = {1, 1, 2, 2, 4, 4, 8};
@@ -47,6 +52,7 @@ struct Work {
     int64_t pieces() const { return std::max<int64_t>(1, (rows.length * item + piece - 1) / piece); }
     int64_t group() const { return std::max<int64_t>(1, piece / std::max<int64_t>(1, rows.length * item)); }
     int64_t tasks() const { return (rows.R + group() - 1) / group() * pieces(); }
+    int64_t threads() const { return std::clamp<int64_t>(rows.R * rows.length * item / WORTH_WAKING, 1, rows.threads); }
 
     Outcome run(int64_t task, uint8_t* room) const;
     Outcome bring(int64_t row, int64_t last, int64_t from, int64_t end, uint8_t* room) const;
@@ -56,10 +62,12 @@ struct Work {
 Outcome Work::bring(int64_t row, int64_t last, int64_t from, int64_t end, uint8_t* room) const {
     const Seen seen = bring_in(rows.file, room, from, end - from);
     if (seen.outcome.error) return seen.outcome;
+    const Rescue rescue(seen.bytes == room ? nullptr : seen.bytes, end - from, rows.file.spoilt);
     for (; row < last; ++row) {
         const int64_t begin = std::max(from, start(row)), stop = std::min(end, start(row) + bytes(row));
         take(seen.bytes + (begin - from), row * rows.length + (begin - start(row)) / item, (stop - begin) / item);
     }
+    if (rescue.needed()) return {EFAULT, from};
     let_go(rows.file, from, end - from);
     return {};
 }
@@ -96,6 +104,7 @@ void check(const FileRows& rows, int64_t item, const void* out) {
     require_size("item", item, 1);
     require(item <= READ_PIECE, "item", "at most 131072 bytes", item);
     require_memory("out", out, rows.R > 0 && rows.length > 0);
+    require_memory("spoilt", rows.file.spoilt, rows.file.map != nullptr);
     for (int64_t r = 0; r < rows.R; ++r) {
         require_size("starts", rows.starts ? rows.starts[r] : rows.first + r * rows.step);
         if (!rows.lengths) continue;
@@ -104,17 +113,20 @@ void check(const FileRows& rows, int64_t item, const void* out) {
     }
 }
 
-// A thread keeps its room: a piece of a file, from the start of a cache line on.
+// A thread keeps its room: a piece of a file, from the start of a cache line on. Pieces of a mapping come here too
+// where the system cannot bring them in (file.cpp); until then nothing is written beyond READ_PIECE, and no memory
+// taken.
 uint8_t* room_of_thread() {
-    static thread_local std::unique_ptr<uint8_t[]> room(new uint8_t[READ_PIECE + 64]);
+    static thread_local std::unique_ptr<uint8_t[]> room(new uint8_t[std::max(READ_PIECE, MAP_PIECE) + 64]);
     return room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64) % 64;
 }
 
 Outcome deliver(const FileRows& rows, int64_t item, const Take& take) {
     const Work work(rows, item, take);
+    if (rows.file.map) Rescue::stand_by();
     Outcome first;
     std::mutex failing;
-    background_for(work.tasks(), rows.threads, [&](int64_t task) {
+    background_for(work.tasks(), work.threads(), [&](int64_t task) {
         const Outcome outcome = work.run(task, room_of_thread());
         if (!outcome.error) return;
         std::lock_guard<std::mutex> lock(failing);
@@ -153,6 +165,8 @@ PixelRule rule_of(const Pixels& pixels, int64_t first, int64_t count) {
     for (int64_t i = 0; i < PixelRule::SIZE; ++i) {
         const int64_t c = first + i % count;
         const double scale = 1.0 / 255.0, spread = 1.0 / static_cast<double>(pixels.std[c]);
+        rule.gain[i] = static_cast<float>(scale * spread);
+        rule.offset[i] = static_cast<float>(-static_cast<double>(pixels.mean[c]) * spread);
         rule.scale[i] = static_cast<float>(scale);
         rule.scale_rest[i] = static_cast<float>(scale - static_cast<double>(rule.scale[i]));
         rule.mean[i] = pixels.mean[c];
@@ -185,7 +199,11 @@ std::vector<PixelRule> rules_of(const Pixels& pixels, const Word* tables) {
     const int64_t together = turns ? pixels.C : 1;
     for (int64_t c = 0; c < pixels.C; c += together) {
         rules.push_back(rule_of(pixels, c, together));
-        if (!agrees(rules.back(), tables + 256 * c, together)) return {};
+        PixelRule& rule = rules.back();
+        rule.one_step = true;
+        if (agrees(rule, tables + 256 * c, together)) continue;
+        rule.one_step = false;
+        if (!agrees(rule, tables + 256 * c, together)) return {};
     }
     return rules;
 }

@@ -2,13 +2,18 @@
 // fail.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace finf {
 
+// 1 from when on a mapping holds pages that are not the file's; lives as long as the mapping.
+using Spoilt = std::atomic<int32_t>;
+
 struct OpenFile {
     int descriptor;
     const uint8_t* map;  // of the whole file from its first byte, or null: it is read
+    Spoilt* spoilt;      // of the mapping
 };
 
 // How far it went. `error`: 0, an errno, or ENDED; `byte`: where in the file the first trouble was.

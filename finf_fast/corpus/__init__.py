@@ -6,6 +6,7 @@ apart.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.cifar import CifarCorpus, cifar_files
 from finf_fast.corpus.dataset import DatasetCorpus
 from finf_fast.corpus.datatrove import DatatroveCorpus
+from finf_fast.corpus.draw import evenly
 from finf_fast.corpus.idx import IdxCorpus
 from finf_fast.corpus.joined import JoinedCorpus
 from finf_fast.corpus.megatron import MegatronCorpus
@@ -24,9 +26,11 @@ from finf_fast.corpus.reading import Reading, adopting
 from finf_fast.corpus.recognise import is_path, map_labels, own_folder, recognise
 from finf_fast.corpus.saved import open_saved
 from finf_fast.corpus.shards import folder_files, paths_of
-from finf_fast.corpus.tokens import TokenCorpus
+from finf_fast.corpus.tokens import NoWindow, TokenCorpus
 
-__all__ = ["Corpus", "open_corpus"]
+__all__ = ["Corpus", "evenly", "open_corpus"]
+
+log = logging.getLogger("finf_fast")
 
 KINDS = (
     *(ArrayCorpus, NpyCorpus, TokenCorpus, IdxCorpus, CifarCorpus),
@@ -85,7 +89,8 @@ def open_corpus(
             * dataset: any map-style torch Dataset or sequence of samples, read one by one.
 
             A list of paths of one format, a pattern (``"part-*.bin"``) or a folder with files of one kind is one
-            corpus; a pattern's and a folder's files are sorted by name, as text: ``part-10`` before ``part-2``.
+            corpus; a pattern's and a folder's files are sorted by name, as text: ``part-10`` before ``part-2``. Token
+            files without a single window add no sample, which is logged, and in the description.
             A corpus that is open already is handed back.
         format: one of these names, where the source alone does not tell.
         labels: (S,) integers: a path to ``.npy`` or IDX, or an array; delivered as int64.
@@ -132,7 +137,8 @@ def open_corpus(
 def _opened(source: Any, format: str | None, given: dict[str, Any], transform: Any) -> Corpus:
     paths = _files(source, format, given)
     if paths is not None:
-        return JoinedCorpus([_opened(path, format, given, None) for path in paths], transform)
+        parts, short = _parts(paths, format, given)
+        return JoinedCorpus(parts, transform, short)
     name = format or recognise(source, given)
     source, given = _labels_apart(source, name, given)
     for option in given:
@@ -143,13 +149,31 @@ def _opened(source: Any, format: str | None, given: dict[str, Any], transform: A
     return FORMATS[name](source, **given, transform=transform)
 
 
+def _parts(paths: list[str], format: str | None, given: dict[str, Any]) -> tuple[list[Corpus], list[tuple[str, int]]]:
+    """The files that are one corpus together, and the names and tokens of those that are too short for a window."""
+    parts, short = [], []
+    for path in paths:
+        try:
+            parts.append(_opened(path, format, given, None))
+        except NoWindow as error:
+            short += error.files
+    if short and not parts:
+        name, tokens = max(short, key=lambda file: file[1])
+        wanted = f"at most {tokens} (the tokens in {name}, the longest of {len(short)} files)"
+        raise NoWindow(f"window: wanted {wanted}, got {given.get('window')}", short)
+    if short:
+        log.warning("%d of %d files hold no window: %s …", len(short), len(paths), short[0][0])
+    return parts, short
+
+
 def _files(source: Any, format: str | None, given: dict[str, Any]) -> list[str] | None:
     """The files that are one corpus together; None where the source is one of its own, (features, labels) too."""
     if is_path(source) and os.path.isdir(source):
         return _folder(source, format, given)
     paths = paths_of(source)
-    pair = isinstance(source, list) and (format or recognise(source, given)) in ("npy", "idx")
-    return None if pair else paths
+    if paths is None or not isinstance(source, list) or any(map(os.path.isdir, paths)):
+        return paths
+    return None if (format or recognise(source, given)) in ("npy", "idx") else paths
 
 
 def _folder(source: Any, format: str | None, given: dict[str, Any]) -> list[str] | None:
@@ -180,6 +204,7 @@ def _labels_apart(source: Any, name: str, given: dict[str, Any]) -> tuple[Any, d
             source, given = source[0], {**given, "labels": source[1]}
         if "labels" in given:
             given = {**given, "labels": map_labels(given["labels"], given.get("cache"))}
-    if name in ("npy", "idx", "tokens") and not is_path(source):
-        raise TypeError(f"source: wanted a path for the format {name!r}, got {type(source).__name__}")
+    if name not in ("arrays", "dataset") and not is_path(source):
+        hint = "; files of one format go in a list" if isinstance(source, tuple) else ""
+        raise TypeError(f"source: wanted a path for the format {name!r}, got {type(source).__name__}{hint}")
     return source, given

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finf_fast.corpus.base import Corpus, runs_of
+from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.delivery import Starts, as_stored, integers
 from finf_fast.corpus.documents import check_max_length
 from finf_fast.corpus.files import MappedArray, MappedFile
@@ -71,9 +71,12 @@ class ArrowCorpus(Corpus):
 
     def lengths(self, start: int, stop: int) -> np.ndarray | None:
         """(stop - start,) int64 items of ``input_ids`` in each row, where they differ; None where there is no such."""
+        return self._lengths_of(np.arange(start, stop))
+
+    def _lengths_of(self, indices: np.ndarray) -> np.ndarray | None:
         for column in self._columns:
             if column.name == "input_ids" and column.is_ragged:
-                return self._spans(column, *self._where(np.arange(start, stop)))[1]
+                return self._spans(column, *self._where(indices))[1]
         return None
 
     def _rows(self, start: int, stop: int) -> dict[str, Tensor]:
@@ -176,9 +179,7 @@ class SelectedCorpus(Corpus):
 
     def lengths(self, start: int, stop: int) -> np.ndarray | None:
         """(stop - start,) int64 tokens of each row, where they differ; None where all have one shape."""
-        indices = self._indices(np.arange(start, stop))
-        found = [self._source.lengths(first, last) for first, last in runs_of(indices)]
-        return None if found[0] is None else np.concatenate(found)
+        return self._source._lengths_of(self._indices(np.arange(start, stop)))
 
     def _rows(self, start: int, stop: int) -> Any:
         return self._taken(np.arange(start, stop))

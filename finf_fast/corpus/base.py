@@ -90,6 +90,13 @@ class Corpus(ABC):
         """(stop - start,) int64 tokens of these samples, where they differ; None where all have one shape."""
         return None
 
+    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
+        """The same samples with their pixels as stored, and what decodes such a batch, on any device, to the same bits.
+
+        None where nothing is decoded, and where a transform waits for what is.
+        """
+        return None
+
     def __getitem__(self, index: int) -> Any:
         """One sample, decoded: the batch of one without its leading dimension; a negative index counts from the end."""
         index = self._position(index)
@@ -146,6 +153,11 @@ class Corpus(ABC):
     def _taken(self, indices: np.ndarray) -> Any:
         """Decode rows in any order, int64 and checked, before the transform; formats do better where they can."""
         return joined([self._rows(start, stop) for start, stop in runs_of(indices)])
+
+    def _lengths_of(self, indices: np.ndarray) -> np.ndarray | None:
+        """:meth:`lengths` of rows in any order, int64 and checked; formats do better where they can."""
+        found = [self.lengths(start, stop) for start, stop in runs_of(indices)]
+        return None if found[0] is None else np.concatenate(found)
 
     def _digest(self, hasher: Any) -> None:
         """Feed the content, or a fair sample of it, to a hashlib object."""

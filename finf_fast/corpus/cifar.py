@@ -16,7 +16,7 @@ from torch import Tensor
 from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.delivery import Starts, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
-from finf_fast.corpus.pixels import Pixels
+from finf_fast.corpus.pixels import Pixels, apart
 from finf_fast.records import DamagedFile
 
 __all__ = ["CifarCorpus", "cifar_files"]
@@ -72,6 +72,10 @@ class CifarCorpus(Corpus):
 
     def _batch(self, images: Starts, labels: Starts) -> tuple[Tensor, Tensor]:
         return self._pixels.runs(self._records, images, SHAPE), integers(self._records, labels, 1).view(-1)
+
+    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
+        """See :meth:`Corpus.undecoded`."""
+        return apart(self, self._pixels)
 
     def _files(self) -> list[MappedFile]:
         return [self._records.file]

@@ -6,6 +6,7 @@ do not take (foreign byte order, uint64), or the compiled module is missing, num
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ def as_stored(array: MappedArray, starts: Starts, length: int) -> Tensor:
     item = array.dtype.itemsize
 
     def deliver(*where: int) -> tuple[int, int]:
-        descriptor, address, firsts, first, step, _, count, length, threads = where
-        return loops.deliver_raw(descriptor, address, firsts, first, step, count, length, threads, item, out.data_ptr())
+        *place, _, count, length, threads = where
+        return loops.deliver_raw(*place, count, length, threads, item, out.data_ptr())
 
     _delivered(array, starts, length, None, deliver)
     return out
@@ -96,9 +97,9 @@ def shaded(array: MappedArray, starts: Starts, length: int, shades: Shades) -> T
         return _one_by_one(array, starts, length, None, out, lambda raw: _looked_up(raw, shades))
 
     def deliver(*where: int) -> tuple[int, int]:
-        descriptor, address, firsts, first, step, _, count, length, threads = where
+        *place, _, count, length, threads = where
         return loops.deliver_pixels(
-            *(descriptor, address, firsts, first, step, count, length, threads),
+            *(*place, count, length, threads),
             *(shades.table.ctypes.data, shades.table.itemsize, channels, shades.run),
             *(shades.mean.ctypes.data, shades.std.ctypes.data, out.data_ptr()),
         )
@@ -109,8 +110,11 @@ def shaded(array: MappedArray, starts: Starts, length: int, shades: Shades) -> T
 
 def _loops(array: MappedArray) -> ModuleType | None:
     """The compiled loops, where they are there and know the byte order."""
-    if not array.dtype.isnative:
-        return None
+    return _compiled() if array.dtype.isnative else None
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
     try:
         from finf_fast import _C
     except ImportError:
@@ -139,7 +143,7 @@ def _delivered(
     items = len(starts) * length if lengths is None else int(lengths.sum())
     with array.file.source(begin, end, min(end - begin, items * item)) as source:
         error, byte = deliver(
-            *(source.descriptor, source.address, *where, 0 if lengths is None else lengths.ctypes.data),
+            *(*source, *where, 0 if lengths is None else lengths.ctypes.data),
             *(len(starts), length, array.file.reading.threads),
         )
         if error:

@@ -13,23 +13,23 @@ import mmap
 import os
 import stat
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from finf_fast.corpus.digest import WHOLE, digest_rows
-from finf_fast.corpus.reading import reading_of_new_files, timed
+from finf_fast.corpus.reading import reading_of_new_files
 from finf_fast.records import DamagedFile
 
 __all__ = ["MappedArray", "MappedFile"]
 
-MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it
 # Files held open at a time, of the 100,000 that a corpus may have: a process may open 1024, and on some file systems
 # 590 maps are the limit.
 MOST_OPEN = 128
@@ -65,6 +65,10 @@ class MappedFile:
         if not self._numbered:
             self.reading.settle_for_network()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and one in another process, opens the file for itself: a descriptor has one owner, who closes it."""
+        return {**self.__dict__, "_opened": None}
+
     def head(self, count: int) -> bytes:
         """The first bytes, fewer where the file ends."""
         return self._bytes(0, min(count, self.size))
@@ -79,28 +83,24 @@ class MappedFile:
         if start == stop:
             yield np.empty(0, np.uint8)
             return
-        with self.source(start, stop) as source:
-            if source.map is None:
-                yield self._copied(source.descriptor, start, stop)
-                return
-            first = start - start % mmap.PAGESIZE
-            self._bring_in(source.map, first, stop - first)
-            yield np.frombuffer(source.map, np.uint8, stop - start, start)
-            if hasattr(mmap, "MADV_DONTNEED"):
-                source.map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+        with self.source(start, stop, way="read") as source:
+            yield self._copied(source.descriptor, start, stop)
 
     @contextmanager
-    def source(self, start: int, stop: int, count: int | None = None) -> Iterator[Source]:
+    def source(self, start: int, stop: int, count: int | None = None, way: str | None = None) -> Iterator[Source]:
         """The open file, for a reading of bytes between ``start`` and ``stop``, ``count`` of them or all.
+
+        What is mapped may only be looked at by compiled loops, which survive its going away.
 
         Raises:
             DamagedFile: as for :meth:`view`.
         """
         count = stop - start if count is None else count
-        opened, way = self._open(), self.reading.way(count)
+        opened, way = self._open(), way or self.reading.way(count)
         self._require(stop, os.fstat(opened.descriptor).st_size)
-        with timed(self.reading, way, count):
-            yield Source(opened.descriptor, opened.map() if way == "map" else None)
+        since = time.perf_counter()
+        yield Source(opened.descriptor, *(opened.mapping() if way == "map" else (0, 0)))
+        self.reading.note(way, count, time.perf_counter() - since)
         self.require_same(start)
 
     def require_same(self, start: int) -> None:
@@ -123,6 +123,7 @@ class MappedFile:
         Raises:
             DamagedFile: always.
         """
+        self._opened = None  # the pages of a mapping may be lost for good
         self.require_same(start)
         if error == -1:
             raise DamagedFile(f"{self.name}, byte {start}: the file ends there, wanted bytes up to {stop}")
@@ -166,19 +167,9 @@ class MappedFile:
         copy.flags.writeable = False
         return copy
 
-    def _bring_in(self, mapped: mmap.mmap, start: int, count: int) -> None:
-        if not hasattr(mapped, "madvise"):
-            return
-        try:
-            mapped.madvise(MADV_POPULATE_READ, start, count)
-        except OSError as error:
-            # An older kernel does not know the advice; the check of the size before it is then all there is.
-            if error.errno != errno.EINVAL:
-                self.refuse(error.errno or errno.EIO, start, start + count)
-
     def _open(self) -> _Opened:
         opened = self._opened
-        if opened is None:
+        if opened is None or opened.is_spoilt:
             try:
                 opened = self._opened = _Opened(self._place)
             except FileNotFoundError:
@@ -193,17 +184,13 @@ class MappedFile:
             return raw.tobytes()
 
 
-@dataclass(frozen=True)
-class Source:
-    """An open file: a descriptor, and a mapping of the whole of it where it is to be read through one."""
+class Source(NamedTuple):
+    """An open file: a descriptor, and where it is to be read through a mapping of it the addresses, else 0, of that
+    and of the int32 which is set when pages of it are not the file's any more."""
 
     descriptor: int
-    map: mmap.mmap | None
-
-    @property
-    def address(self) -> int:
-        """Of the mapping's first byte; 0 without one."""
-        return 0 if self.map is None else np.frombuffer(self.map, np.uint8).ctypes.data
+    address: int
+    spoilt: int
 
 
 @dataclass(frozen=True)
@@ -253,21 +240,40 @@ class _Opened:
     """A descriptor, and a mapping made when it is asked for; closed when nobody holds it any more."""
 
     def __init__(self, path: str):
-        self._map: mmap.mmap | None = None
+        self._mapped: dict[str, np.ndarray] = {}
+        self._spoilt = np.zeros(1, np.int32)
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
-    def map(self) -> mmap.mmap:
-        if self._map is None:
-            self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
-        return self._map
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether the mapping holds pages that are not the file's, since it shrank or the disk failed."""
+        return bool(self._spoilt[0])
 
-    def __del__(self):
+    def mapping(self) -> tuple[int, int]:
+        """Addresses of a mapping of the whole file, and of its mark as spoilt; both live as long as this."""
+        if not self._mapped:
+            mapped = np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+            # Two threads may come here at once: both get the mapping of the one that is first.
+            self._mapped.setdefault("whole", mapped)
+        return self._mapped["whole"].ctypes.data, self._spoilt.ctypes.data
+
+    def __del__(self, close=os.close):  # at the end of the interpreter there may be no `os` any more
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 _open_files: OrderedDict[int, weakref.ref[MappedFile]] = OrderedDict()
 _open_files_lock = threading.Lock()
+
+
+def _unlock_in_child() -> None:
+    """A fork may come while another thread holds the lock; that thread is not in the child to let go of it."""
+    global _open_files_lock
+    _open_files_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def _held_open(file: MappedFile) -> None:

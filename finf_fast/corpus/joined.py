@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ class JoinedCorpus(Corpus):
     Args:
         parts: of one format, in the order of their samples.
         transform: callable on each batch.
+        short: names and tokens of files that were left out, for they hold no sample.
 
     Raises:
         ValueError: no parts, or parts whose samples do not make one batch.
@@ -35,8 +37,14 @@ class JoinedCorpus(Corpus):
 
     format = "files"
 
-    def __init__(self, parts: Sequence[Corpus], transform: Callable[[Any], Any] | None = None):
-        parts = [one for part in parts for one in _unjoined(part)]
+    def __init__(
+        self,
+        parts: Sequence[Corpus],
+        transform: Callable[[Any], Any] | None = None,
+        short: Sequence[tuple[str, int]] = (),
+    ):
+        self._short = [*short, *(file for part in parts if _is_joined(part) for file in part._short)]
+        parts = [one for part in parts for one in (part._parts if _is_joined(part) else [part])]
         formats = sorted({part.format for part in parts})
         if len(formats) != 1:
             raise ValueError(f"source: wanted files of one format, got {', '.join(formats) or 'no files'}")
@@ -62,20 +70,36 @@ class JoinedCorpus(Corpus):
         found = [part.lengths(first, last) for part, first, last in self._pieces(start, stop)]
         return None if found[0] is None else np.concatenate(found)
 
+    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
+        """See :meth:`Corpus.undecoded`; all files have to be decoded alike."""
+        found = [part.undecoded() for part in self._parts]
+        alike = all(part._settings() == self._parts[0]._settings() for part in self._parts)
+        if self.transform is not None or not alike or any(one is None for one in found):
+            return None
+        stored = copy.copy(self)
+        stored._parts = [part for part, _ in found]
+        return stored, found[0][1]
+
     def _rows(self, start: int, stop: int) -> Any:
         return joined([part.read(first, last) for part, first, last in self._pieces(start, stop)])
 
     def _taken(self, indices: np.ndarray) -> Any:
         """File by file, each with its samples in their order; then back to the order asked for."""
+        found, places = self._by_file(indices, Corpus.take)
+        batch = joined(found)
+        return batch if len(found) == 1 else tree_map(lambda rows: rows[places], batch)
+
+    def _lengths_of(self, indices: np.ndarray) -> np.ndarray | None:
+        found, places = self._by_file(indices, lambda part, own: part._lengths_of(own))
+        return None if found[0] is None else np.concatenate(found)[places]
+
+    def _by_file(self, indices: np.ndarray, look: Callable[[Corpus, np.ndarray], Any]) -> tuple[list[Any], np.ndarray]:
+        """What each file has to say on its own of the samples, and where each sample is in all that."""
         which = np.searchsorted(self._starts, indices, "right") - 1
         order = np.argsort(which, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(which[order])) + 1)
-        files = [int(which[group[0]]) for group in groups]
-        batch = joined([self._parts[k].take(indices[g] - self._starts[k]) for k, g in zip(files, groups, strict=True)])
-        if len(groups) == 1:
-            return batch
-        places = np.argsort(order)
-        return tree_map(lambda rows: rows[places], batch)
+        found = [look(self._parts[k], indices[g] - self._starts[k]) for g in groups for k in which[g[:1]]]
+        return found, np.argsort(order)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[Corpus, int, int]]:
         """The parts that hold samples ``[start, stop)``, and which of their own those are."""
@@ -104,13 +128,21 @@ class JoinedCorpus(Corpus):
         return [file for part in self._parts for file in part._files()]
 
     def _settings(self) -> dict[str, Any]:
-        return {"of": self._parts[0].format, "files": len(self._parts)}
+        each = [part._settings() for part in self._parts]
+        common = {name: value for name, value in each[0].items() if all(one.get(name) == value for one in each)}
+        return {**common, "of": self._parts[0].format, "files": len(self._parts)}
 
     def _notes(self) -> dict[str, Any]:
         """Numbers add up over the files; what else a part has to say is said by the first."""
         each = [part._notes() for part in self._parts]
-        return {key: sum(notes[key] for notes in each) if isinstance(first, int) else first
-                for key, first in each[0].items()}  # fmt: skip
+        notes = {key: sum(notes[key] for notes in each) if isinstance(first, int) else first
+                 for key, first in each[0].items()}  # fmt: skip
+        if not self._short:
+            return notes
+        more, names = sum(tokens for _, tokens in self._short), [name for name, _ in self._short]
+        notes |= {key: notes[key] + more for key in ("tokens", "tokens_dropped_at_tail")}
+        shown = names if len(names) <= SHOWN else [*names[:SHOWN], f"... ({len(names)} files in all)"]
+        return {**notes, "files_without_window": shown}
 
     def _paths(self) -> list[str]:
         names = [name for part in self._parts[:SHOWN] for name in part._paths()]
@@ -124,6 +156,6 @@ class JoinedCorpus(Corpus):
         return part.locate(own)
 
 
-def _unjoined(part: Corpus) -> list[Corpus]:
-    """The files of a part that is several itself, as a saved dataset in shards is."""
-    return part._parts if isinstance(part, JoinedCorpus) and part.transform is None else [part]
+def _is_joined(part: Corpus) -> bool:
+    """Whether a part is several files itself, as a saved dataset in shards is, and nothing else."""
+    return isinstance(part, JoinedCorpus) and part.transform is None

@@ -17,7 +17,7 @@ from finf_fast.corpus.documents import DocumentCorpus
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.records import DamagedFile
 
-__all__ = ["MAGIC", "MegatronCorpus"]
+__all__ = ["MegatronCorpus", "has_index"]
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = 34
@@ -131,6 +131,11 @@ class MegatronCorpus(DocumentCorpus):
             wanted = f"documents from sequence 0 to {sequences}"
             raise DamagedFile(f"{self._documents.place(0)}: wanted {wanted}, got {ends[0]} to {ends[1]}")
 
+    @property
+    def tokens(self) -> MappedArray:
+        """The whole stream, in the dtype that index and size agree on."""
+        return self._tokens
+
     def _settings(self) -> dict[str, Any]:
         return {"sample": self.sample, **super()._settings()}
 
@@ -139,6 +144,15 @@ class MegatronCorpus(DocumentCorpus):
 
     def _files(self) -> list[MappedFile]:
         return [self._index, *super()._files()]
+
+
+def has_index(path: str | os.PathLike) -> bool:
+    """Whether Megatron's index lies beside a file, or is it."""
+    index = _beside(path, ".idx")
+    if not os.path.isfile(index):
+        return False
+    with open(index, "rb") as handle:
+        return handle.read(6) == MAGIC[:6]
 
 
 def _beside(path: str | os.PathLike, ending: str) -> str:

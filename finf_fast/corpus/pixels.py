@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from finf_fast import ops
 from finf_fast.corpus.arrays import owned
 from finf_fast.corpus.delivery import Shades, Starts, as_stored, integers, shaded
 from finf_fast.corpus.files import MappedArray
 
-__all__ = ["Pixels"]
+if TYPE_CHECKING:
+    from finf_fast.corpus.base import Corpus
+
+__all__ = ["Pixels", "apart"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,6 +77,7 @@ class Pixels:
         one = all(values is None or len(values) == 1 for values in (self.mean, self.std))
         run = math.prod(shape[1:]) if one else 1 if last else math.prod(shape[2:])
         self._shades = self._table(1 if one else channels, run)
+        self._as_stored = False
 
     def rows(self, array: MappedArray, start: int, stop: int) -> torch.Tensor:
         """Rows ``[start, stop)`` of an array of the shape and dtype that this decoder was made for."""
@@ -85,6 +92,8 @@ class Pixels:
             DamagedFile: the file no longer holds them.
         """
         count = math.prod(shape)
+        if self._as_stored:
+            return as_stored(array, starts, count).view(len(starts), *shape)
         if self._scaled:
             x = shaded(array, starts, count, self._shades)
         elif self._integers:
@@ -105,6 +114,22 @@ class Pixels:
         self._normalise(x)
         decoded = self._ordered(torch.from_numpy(x))
         return decoded.to(DTYPES[self._delivered]) if self._scaled else decoded
+
+    def undecoded(self) -> Pixels | None:
+        """The same, but rows stay as stored, for :meth:`decode` to be applied later; None where they are not uint8."""
+        if self._shades is None or not self._shades.run:
+            return None
+        other = copy.copy(self)
+        other._as_stored = True
+        return other
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """(C, 256) what uint8 pixels become, on a device."""
+        return torch.from_numpy(self._shades.table).view(self._shades.dtype).to(device)
+
+    def decode(self, raw: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """(B, …) uint8 rows as stored, where the table is, to the bits that :meth:`runs` makes of them on the CPU."""
+        return self._ordered(ops.decode_pixels(raw, table, self._shades.run))
 
     def settings(self) -> dict[str, Any]:
         """For the fingerprint and the description."""
@@ -139,6 +164,22 @@ class Pixels:
         if self.layout == "NHWC":
             return x.permute(0, 3, 1, 2)
         return x.unsqueeze(1) if self.layout == "NHW" else x
+
+
+def apart(corpus: Corpus, pixels: Pixels) -> tuple[Corpus, Callable[[Any], Any]] | None:
+    """:meth:`Corpus.undecoded` of one whose batches are what its ``_pixels`` make, alone or before the labels."""
+    plain = pixels.undecoded()
+    if plain is None or corpus.transform is not None:
+        return None
+    stored = copy.copy(corpus)
+    stored._pixels, table = plain, functools.cache(pixels.table)
+
+    def decode(batch: Any) -> Any:
+        raw, *others = [batch] if isinstance(batch, torch.Tensor) else batch
+        decoded = pixels.decode(raw, table(raw.device))
+        return (decoded, *others) if others else decoded
+
+    return stored, decode
 
 
 def _per_channel(argument: str, values: float | Sequence[float] | None, channels: int) -> np.ndarray | None:

@@ -1,16 +1,17 @@
 """How the files of one corpus are read: mapped or by pread, with how many threads, into which memory.
 
 A mapping saves a copy, and costs calls that stop the process's other threads; which is faster depends on kernel and
-machine, so the first readings of some size try both in turn. Only pread is safe against every disk: a mapped file that
-shrinks between the check of a piece and its use would end the process, in a moment of some microseconds.
+machine, so the first readings of some size try both in turn. A mapped file that shrinks between the check of a piece
+and its use would end the process, if the compiled loops did not handle that signal (csrc/io/rescue.h); pread needs no
+such help, so mapping has to be worth it.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,13 +19,14 @@ from typing import Any
 
 from finf_fast.corpus.slots import Slots
 
-__all__ = ["Reading", "adopting", "reading_of_new_files", "timed"]
+__all__ = ["Reading", "adopting", "reading_of_new_files"]
 
 WAYS = ("auto", "map", "read")
-TRIAL_BYTES = 1 << 20  # readings below are ruled by other costs than those that are compared
-TRIALS = 4  # of each way; the fastest counts, since a disk or a neighbour can only slow one down
-# Times faster that mapping has to be to be worth that moment.
-WORTH = 1.25
+TRIAL_BYTES = 1 << 18  # readings below are ruled by other costs than those that are compared
+TRIALS = 16  # of each way; the fastest counts, since a disk or a neighbour can only slow one down
+WORTH = 1.1  # times faster that mapping has to be: less is chance
+
+POPULATE_READ = 22  # of madvise, since Linux 5.14 (csrc/io/file.cpp); Python's mmap does not name it
 MOST_THREADS = 4  # two saturate the memory of the processor measured (Zen 5)
 
 
@@ -74,7 +76,7 @@ class Reading:
 
     def describe(self) -> dict[str, Any]:
         """For the description of a corpus: what was chosen, and why."""
-        undecided = f"fewer than {TRIALS} readings of {TRIAL_BYTES >> 20} MiB and more by each way: read so far"
+        undecided = f"fewer than {TRIALS} readings of {TRIAL_BYTES >> 10} KiB and more by each way: read so far"
         reason = undecided if self._way == "auto" else self._reason
         return {"io": self._way, "io_reason": reason, "io_threads": self.threads}
 
@@ -96,14 +98,6 @@ def adopting(reading: Reading) -> Iterator[None]:
         _adopting.reset(token)
 
 
-@contextmanager
-def timed(reading: Reading, way: str, count: int) -> Iterator[None]:
-    """Note how long what is inside the ``with`` took, where it ends well."""
-    since = time.perf_counter()
-    yield
-    reading.note(way, count, time.perf_counter() - since)
-
-
 _adopting: ContextVar[Reading | None] = ContextVar("finf_fast_reading", default=None)
 
 
@@ -112,5 +106,13 @@ def _threads() -> int:
     return min(mine, MOST_THREADS)
 
 
+@functools.cache
 def _has_populate() -> bool:
-    return sys.platform == "linux" and hasattr(mmap.mmap, "madvise")
+    if sys.platform != "linux":
+        return False
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        try:
+            page.madvise(POPULATE_READ)
+        except OSError:
+            return False
+    return True

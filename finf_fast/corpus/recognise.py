@@ -10,7 +10,7 @@ from typing import Any
 from finf_fast.corpus.arrays import holds_arrays
 from finf_fast.corpus.cifar import HUNDRED
 from finf_fast.corpus.idx import is_idx, is_mnist, map_idx
-from finf_fast.corpus.megatron import MAGIC as MEGATRON_MAGIC
+from finf_fast.corpus.megatron import has_index
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
 from finf_fast.corpus.npy import map_npy
 from finf_fast.corpus.olmo import olmo_table
@@ -97,9 +97,8 @@ def own_folder(path: str | os.PathLike) -> str | None:
 
 def _by_name(name: str) -> str | None:
     """Formats of more than one file, and CIFAR's, whose bytes alone tell nothing."""
-    index = (name[:-4] if name.endswith((".idx", ".bin")) else name) + ".idx"
     short = os.path.basename(name)
-    if os.path.isfile(index) and _head(index, "source").startswith(MEGATRON_MAGIC[:6]):
+    if has_index(name):
         return "megatron"
     if name.endswith(".ds") and os.path.isfile(name + ".index"):
         return "datatrove"

@@ -12,7 +12,7 @@ from finf_fast.corpus.arrays import ArrayCorpus, require_label_array
 from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.delivery import Starts, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
-from finf_fast.corpus.pixels import Pixels
+from finf_fast.corpus.pixels import Pixels, apart
 
 __all__ = ["RowFileCorpus"]
 
@@ -62,6 +62,10 @@ class RowFileCorpus(Corpus):
         super()._digest(hasher)
         if isinstance(self._labels, ArrayCorpus):
             hasher.update(self._labels.fingerprint.encode())
+
+    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
+        """See :meth:`Corpus.undecoded`."""
+        return apart(self, self._pixels)
 
     def _files(self) -> list[MappedFile]:
         return [part.file for part in (self._features, self._labels) if isinstance(part, MappedArray)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from glob import glob
 from typing import Any
 
@@ -11,26 +12,55 @@ __all__ = ["folder_files", "paths_of"]
 # What a folder is looked through for, by the ends of names; of formats of two files, the one that is given to open it.
 # `.npy` counts where it holds tokens only: of two arrays in a folder, one is usually the other's labels.
 ENDS = (".idx", ".ds", ".bin", ".npy", ".arrow")
+HELD_OUT = {"val", "valid", "validation", "test", "dev", "eval"}
+# Ends of names that go with another file, and the end of that one's.
+BESIDE = (
+    *((".bin", ".idx"), (".csv.gz", ".npy")),
+    *((".ds.index", ".ds"), (".ds.loss", ".ds"), (".ds.metadata", ".ds")),
+)
 
 
 def paths_of(source: Any) -> list[str] | None:
     """The files that a list of paths or a pattern stands for, a pattern's in the order of their names; else None.
 
+    Of a pair (``P.idx`` and ``P.bin``) only the one that is given to open it.
+
     Raises:
         FileNotFoundError: a pattern that no file fits.
     """
     if isinstance(source, list) and source and all(isinstance(path, (str, os.PathLike)) for path in source):
-        return list(map(os.fspath, source))
+        return _openable(list(map(os.fspath, source)))
     if isinstance(source, (str, os.PathLike)) and not os.path.exists(source) and set(os.fspath(source)) & set("*?["):
         found = sorted(glob(os.fspath(source), recursive=True))
         if not found:
             raise FileNotFoundError(f"source: no file fits the pattern {os.fspath(source)!r}")
-        return found
+        return _openable(found)
     return None
+
+
+def _openable(paths: list[str]) -> list[str]:
+    """Without the other files of what several files make up: a pair would be the same samples twice, or an error."""
+    there = set(paths)
+    others = {path for path in paths for end, main in BESIDE
+              if path.endswith(end) and path.removesuffix(end) + main in there}  # fmt: skip
+    return _filled([path for path in paths if path not in others])
+
+
+def _filled(paths: list[str]) -> list[str]:
+    """Without the pairs of nothing that datatrove leaves where one of its workers had no document."""
+    left = [path for path in paths if not (path.endswith(".ds") and _is_empty(path) and _is_empty(path + ".index"))]
+    return left or paths
+
+
+def _is_empty(path: str) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) == 0
 
 
 def folder_files(folder: str | os.PathLike, windowed: bool) -> list[str]:
     """Data files of one kind right in a folder, in the order of their names; none where it holds none.
+
+    What is held out, by its name, is left away beside what is to train on, as of MNIST and CIFAR. Hidden files, such
+    as macOS leaves beside a file it copies (``._train.bin``), are none, as for a pattern.
 
     Args:
         folder: an existing one.
@@ -40,17 +70,26 @@ def folder_files(folder: str | os.PathLike, windowed: bool) -> list[str]:
         ValueError: there are several kinds.
     """
     with os.scandir(folder) as entries:
-        names = {entry.name for entry in entries if entry.is_file()}
+        names = {entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")}
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         stem, end = os.path.splitext(name)
         beside = end == ".bin" and stem + ".idx" in names
         arrays = end == ".npy" and not windowed and stem + ".csv.gz" not in names
         if end in ENDS and not beside and not arrays:
-            kinds.setdefault(end, []).append(os.path.join(os.fspath(folder), name))
+            kinds.setdefault(end, []).append(name)
     if len(kinds) > 1:
         found = ", ".join(f"{len(files)} *{end}" for end, files in kinds.items())
         raise ValueError(
             f"source: wanted a folder with data files of one kind, got {found} in {os.fspath(folder)!r}: give a pattern"
         )
-    return next(iter(kinds.values()), [])
+    names = _trained_on(next(iter(kinds.values()), []))
+    return _filled([os.path.join(os.fspath(folder), name) for name in names])
+
+
+def _trained_on(names: list[str]) -> list[str]:
+    """Without what a name says is held out, where others say they are to train on: ``val.bin`` beside ``train.bin``."""
+    words = {name: set(re.split(r"[^a-z]+", name.lower())) for name in names}
+    if not any("train" in said for said in words.values()):
+        return names
+    return [name for name in names if not words[name] & HELD_OUT]

@@ -28,6 +28,9 @@ class Slots:
         # `empty`, when garbage is collected there.
         self._waiting: deque[np.ndarray] = deque()
 
+    def __reduce__(self):
+        return Slots, ()  # what waits holds nothing that a copy needs
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the CPU with nothing in it yet, pinned in a process that uses CUDA."""
         if torch.cuda.is_initialized():

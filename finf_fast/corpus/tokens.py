@@ -16,16 +16,36 @@ import torch
 from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.delivery import integers
 from finf_fast.corpus.files import MappedArray, MappedFile
+from finf_fast.corpus.megatron import MegatronCorpus, has_index
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
 from finf_fast.corpus.npy import map_npy
+from finf_fast.corpus.unpack import is_gzip
 from finf_fast.records import DamagedFile
 
-__all__ = ["TokenCorpus", "is_llmc"]
+__all__ = ["NoWindow", "TokenCorpus", "is_llmc"]
 
 # llm.c: 256 int32, of which [0] the magic, [1] the version, [2] the number of tokens.
 LLMC_HEADER = 1024
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 DTYPES = ("uint16", "uint32")
+
+# What tells uint32 tokens that are read as uint16: every second number, the upper half of a token, is small, while of
+# the others most are not. Upper halves stay below 16 up to a vocabulary of a million. In text as uint16 both places are
+# alike, so that of 64 pairs half would have to differ by chance: 2⁻⁶⁴.
+SPOTS, SPOT_BYTES = 4, 2048
+UPPER, PAIRS = 16, 64
+
+
+class NoWindow(ValueError):
+    """Files with fewer tokens than a window: no corpus by themselves, and beside others no samples.
+
+    Attributes:
+        files: (name, tokens) of each.
+    """
+
+    def __init__(self, message: str, files: list[tuple[str, int]]):
+        super().__init__(message)
+        self.files = files
 
 
 class TokenCorpus(Corpus):
@@ -38,13 +58,15 @@ class TokenCorpus(Corpus):
         window: tokens a sample, L.
         stride: tokens from one sample's start to the next; default L. A last piece too short for a window is dropped,
             and :meth:`describe` says how many tokens that is.
-        dtype: ``"uint16"`` or ``"uint32"`` where no header says; default uint16 for a name that ends in ``.bin``.
+        dtype: ``"uint16"`` or ``"uint32"`` where no header says; default uint16 for a name that ends in ``.bin``, or
+            what Megatron's index beside it says. A file that looks like uint32 is then refused until one is named.
         header: bytes to skip before the first token, instead of looking for a known header.
         transform: callable on each batch.
 
     Raises:
         DamagedFile: the size is not what the header promises, or the file ends inside a token.
-        ValueError, TypeError: settings that do not fit the file.
+        NoWindow: the file holds no window.
+        ValueError, TypeError: settings that do not fit the file, or a file that is packed.
     """
 
     format = "tokens"
@@ -65,7 +87,7 @@ class TokenCorpus(Corpus):
         self.window = _positive("window", window)
         self.stride = self.window if stride is None else _positive("stride", stride)
         if self.window > count:
-            raise ValueError(f"window: wanted at most {count} (the tokens in {name}), got {window}")
+            raise NoWindow(f"window: wanted at most {count} (the tokens in {name}), got {window}", [(name, count)])
         super().__init__(1 + (count - self.window) // self.stride, transform)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
@@ -101,8 +123,12 @@ def _map_tokens(path: str | os.PathLike, dtype: str | None, header: int | None) 
         raise ValueError(f"dtype: wanted one of {DTYPES}, got {dtype!r}")
     file = MappedFile(path)
     head = file.head(12)
+    if file.path.endswith(".gz") and is_gzip(path):
+        raise ValueError(f"source: wanted tokens as they are, got {file.name}, which is gzipped: unpack it first")
     if header is not None:
         return _headerless(file, dtype, header)
+    if dtype is None and file.path.endswith(".bin") and has_index(path):
+        return MegatronCorpus(path).tokens
     if head.startswith(NPY_MAGIC):
         return _npy_tokens(path, dtype)
     return _llmc_tokens(file, head, dtype) if is_llmc(head) else _headerless(file, dtype, 0)
@@ -116,13 +142,36 @@ def _headerless(file: MappedFile, dtype: str | None, header: int) -> MappedArray
     item = np.dtype(dtype or "uint16").newbyteorder("<")
     payload = file.size - header
     if payload < item.itemsize:
-        raise ValueError(
-            f"source: empty corpus, wanted tokens after byte {header} of {file.name}, got {file.size} bytes"
-        )
+        said = f"source: empty corpus, wanted tokens after byte {header} of {file.name}, got {file.size} bytes"
+        raise NoWindow(said, [(file.name, 0)]) if payload == 0 else ValueError(said)
     if payload % item.itemsize:
         where = f"it ends inside the token at byte {file.size - payload % item.itemsize}"
         raise DamagedFile(f"{file.name}: wanted whole {item.name} tokens, got {payload} bytes of them: {where}")
+    if dtype is None:
+        _refuse_halves(file, header)
     return MappedArray(file, header, item, (payload // item.itemsize,))
+
+
+def _refuse_halves(file: MappedFile, header: int) -> None:
+    """Refuses numbers that look like halves of uint32, by a look at some places of the file."""
+    tokens = (file.size - header) // 4
+    if (file.size - header) % 4 or tokens < PAIRS:
+        return
+    count = min(tokens, SPOT_BYTES // 4)
+    firsts = {header + 4 * (k * (tokens - count) // (SPOTS - 1)) for k in range(SPOTS)}
+    lower, upper = _halves(file, sorted(firsts), 4 * count)
+    if upper.max() < UPPER and (lower > upper.max()).mean() > 0.5:
+        seen = f"every second uint16 of {len(lower)} pairs is at most {upper.max()}, as the upper halves of uint32 are"
+        raise ValueError(f"dtype: wanted 'uint32', or 'uint16' all the same, for {file.name}: {seen}; got None")
+
+
+def _halves(file: MappedFile, firsts: list[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers at even and at odd places of so many bytes from each of some bytes on."""
+    found = []
+    for first in firsts:
+        with file.view(first, first + count) as raw:
+            found.append(raw.view("<u2").reshape(-1, 2))
+    return tuple(np.concatenate(found).T)
 
 
 def _llmc_tokens(file: MappedFile, head: bytes, dtype: str | None) -> MappedArray:

@@ -200,6 +200,8 @@ struct AttentionLoops {
 struct PixelRule {
     static constexpr int64_t MOST_CHANNELS = 4, SIZE = 16 * MOST_CHANNELS + MOST_CHANNELS + 16;
     int64_t period;  // 16 numbers a channel
+    bool one_step;  // x gain + offset, rounded once, instead: where that gives the same, as for bfloat16 it mostly does
+    float gain[SIZE], offset[SIZE];
     float scale[SIZE], scale_rest[SIZE], mean[SIZE], spread[SIZE], spread_rest[SIZE];
 };
 
