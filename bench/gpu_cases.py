@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class Work:
         flop: products that are needed, 2 for a multiply and add; 0 where bytes are what bounds.
         moved: bytes of ours that have to be read and written, each once.
         missing: peers that are not there, and why.
+        case: what rivals' times are looked up by, where there are rivals; see `finf_fast.ops.measured`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Work:
     flop: float = 0
     moved: float = 0
     missing: dict[str, str] = field(default_factory=dict)
+    case: dict[str, Any] = field(default_factory=dict)
 
 
 def stack(*shape: int, dtype: torch.dtype = BF16, queries: int = Q) -> Tensor:
@@ -55,15 +58,47 @@ def linear_cross_entropy_delta(dry: bool) -> Iterator[Work]:
     shapes = [(768, 50257), (2048, 128256), (4096, 128256), (768, 128256), (2048, 50257), (4096, 50257)]
     for number, (D, V) in enumerate([(16, 40)] if dry else shapes):
         yield _head(8 if dry else 8192, D, V, *gpu_peers.heads(dry, compiled=number < 3))
+    # What peers have no word for is measured beside the hybrid alone: a changed weight, more queries, fewer rows.
+    for D, V in [(16, 40)] if dry else shapes[:2]:
+        for form, T, queries in [("input", 8192, Q), ("low rank", 8192, Q), ("dense", 8192, 1), ("input", 1024, 1)]:
+            yield _rivals(form, 8 if dry else T, D, V, queries)
 
 
 def _head(T: int, D: int, V: int, beside: dict[str, Callable], missing: dict[str, str]) -> Work:
-    def make():
-        x, W = torch.randn(T, D, dtype=BF16), torch.randn(V, D, dtype=BF16).mul_(2 / D**0.5)
-        return x, torch.randn(1, T, D, dtype=BF16).mul_(STEP), W, torch.randint(V, (T,))
+    name, flop, case = f"T={T} D={D} V={V} Q=1 bf16", 4.0 * T * D * V, _case("input", T, D, V, 1)
+    return Work(
+        name, lambda: _drawn(T, D, V, 1), ops.linear_cross_entropy_delta, beside, flop, missing=missing, case=case
+    )
 
-    name = f"T={T} D={D} V={V} Q=1 bf16"
-    return Work(name, make, ops.linear_cross_entropy_delta, beside, flop=4.0 * T * D * V, missing=missing)
+
+def _rivals(form: str, T: int, D: int, V: int, queries: int) -> Work:
+    rank, products = 32, {"input": 1 + queries, "low rank": 1 + queries, "dense": 1 + 2 * queries}[form]
+
+    def make():
+        changes = {"low rank": [(V, rank), (D, rank)], "dense": [(V, D)]}.get(form, [])
+        drawn = (torch.randn(queries, *shape, dtype=BF16).mul_(STEP) for shape in changes)
+        return *_drawn(T, D, V, queries), *drawn
+
+    def given(changes: tuple[Tensor, ...]) -> dict[str, Any]:
+        return {"low rank": {"dW_factors": changes}, "dense": {"dW": changes[0] if changes else None}}.get(form, {})
+
+    return Work(
+        name=f"T={T} D={D} V={V} Q={queries} bf16 {form}",
+        make=make,
+        ours=lambda x, dx, W, target, *changes: ops.linear_cross_entropy_delta(x, dx, W, target, **given(changes)),
+        beside={"hybrid": lambda x, dx, W, target, *changes: gpu_peers.hybrid(x, dx, W, target, **given(changes))},
+        flop=2.0 * T * V * (D * products + (rank * queries if form == "low rank" else 0)),
+        case=_case(form, T, D, V, queries),
+    )
+
+
+def _drawn(T: int, D: int, V: int, queries: int) -> tuple[Tensor, ...]:
+    x, W = torch.randn(T, D, dtype=BF16), torch.randn(V, D, dtype=BF16).mul_(2 / D**0.5)
+    return x, torch.randn(queries, T, D, dtype=BF16).mul_(STEP), W, torch.randint(V, (T,))
+
+
+def _case(form: str, T: int, D: int, V: int, queries: int) -> dict[str, Any]:
+    return {"form": form, "dtype": "bfloat16", "T": T, "D": D, "V": V, "Q": queries}
 
 
 def linear_delta(dry: bool) -> Iterator[Work]:
@@ -234,12 +269,32 @@ def noise(dry: bool) -> Iterator[Work]:
     )
 
 
+def decode_pixels(dry: bool) -> Iterator[Work]:
+    N, side = (2, 4) if dry else (4096, 224)
+    for dtype in (BF16, torch.float32):
+        for word, shape, run in [("NCHW", (N, 3, side, side), side * side), ("NHWC", (N, side, side, 3), 1)]:
+
+            def make(dtype=dtype, shape=shape):
+                return torch.randint(256, shape, dtype=torch.uint8), torch.randn(3, 256).to(dtype)
+
+            def plain(raw, table, word=word):
+                return raw.to(table.dtype).sub_(127.5).mul_(0.01)
+
+            yield Work(
+                name=f"{N}x3x{side}x{side} as {word} to {str(dtype).removeprefix('torch.')}",
+                make=make,
+                ours=lambda raw, table, run=run: ops.decode_pixels(raw, table, run),
+                beside={"to, sub_, mul_ of one mean": plain},
+                moved=math.prod(shape) * (1 + dtype.itemsize),
+            )
+
+
 # What matters most first: time may run out.
 CASES: dict[str, Callable[[bool], Iterator[Work]]] = {
     function.__name__: function
     for function in (
         *(linear_cross_entropy_delta, layer_norm_delta, attention_delta, cross_entropy_delta, linear_delta),
         *(activation_delta, rms_norm_delta, group_norm_delta),
-        *(squared_error_delta, segment_sum, topk_merge, noise),
+        *(squared_error_delta, segment_sum, topk_merge, noise, decode_pixels),
     )
 }

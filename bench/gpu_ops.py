@@ -47,15 +47,15 @@ def about(device: torch.device) -> dict[str, Any]:
 def face_of(op: str, inputs: Sequence, device: torch.device) -> tuple[str | None, str]:
     """The face that is to be timed, or None, and why there is none.
 
-    On a GPU that is a face for GPUs and never the reference, the first that dispatch comes to by itself; in a dry run
-    Triton's, interpreted, or the compiled one, and is asked for.
+    On a GPU that is a face for GPUs and never the reference, the first of its row; in a dry run Triton's, interpreted,
+    or the compiled one, or where there is none the reference. It is asked for by name, so that no earlier measurement
+    chooses another.
     """
     floats = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
     reasons = []
-    for face in ("triton", "cuda") if device.type == "cuda" else ("triton", "cpp"):
+    for face in ("triton", "cuda") if device.type == "cuda" else ("triton", "cpp", "reference"):
         if face in dispatch.TABLE[op]:
-            if device.type == "cpu":
-                os.environ["FINF_BACKEND"] = face
+            os.environ["FINF_BACKEND"] = face
             verdict = next(v for v in dispatch.faces(op, *floats) if v.face == face)
             if verdict.available:
                 return face, ""
@@ -67,7 +67,7 @@ def measured(op: str, work: Work, device: torch.device, peaks: dict[str, float])
     """The row of one case."""
     with torch.device(device):
         inputs = [work.make()]
-    row = {"op": op, "case": work.name, "notes": dict(work.missing)}
+    row = {"op": op, "case": work.name, "notes": dict(work.missing), "of": work.case}
     face, row["notes"]["ours"] = face_of(op, inputs[0], device)
     if face is None:
         return row

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finf_fast.ops import cross_entropy_delta, dispatch
+from finf_fast.ops import linear_cross_entropy_delta
 
-__all__ = ["heads", "versions"]
+__all__ = ["heads", "hybrid", "versions"]
 
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "transformers")
-# Bytes of logits and of their changes that the hybrid holds at a time.
-CHUNK = 1 << 29
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,7 +36,8 @@ def heads(dry: bool, compiled: bool) -> tuple[dict[str, Callable], dict[str, str
     ways, missing = {"eager": _pair(_eager)}, {}
     if compiled:
         ways["compiled"] = torch.compile(_pair(_eager), dynamic=False, backend="eager" if dry else "inductor")
-    for name, load in {"liger": _liger, "cut": _cut, "linear_cross_entropy": _fused, "hybrid": _hybrid}.items():
+    ways["hybrid"] = hybrid
+    for name, load in {"liger": _liger, "cut": _cut, "linear_cross_entropy": _fused}.items():
         try:
             ways[name] = load()
         except (ImportError, AttributeError, RuntimeError) as error:
@@ -77,21 +78,11 @@ def _fused() -> Callable:
     return _pair(lambda x, W, target: loss(x, W, target, reduction="none"))
 
 
-def _hybrid() -> Callable:
-    """Logits and changes by chunks of rows, float32 out of one product each, then the paired row kernel."""
-    if not torch.cuda.is_available():
-        raise RuntimeError("a product of bfloat16 with a float32 result runs on a GPU only")
-    if "cuda" not in dispatch.TABLE["cross_entropy_delta"]:
-        raise RuntimeError("cross_entropy_delta has no face for a GPU")
-
-    def hybrid(x, dx, W, target):
-        rows = max(1, CHUNK // (8 * len(W)))
-        return [
-            one(x[at : at + rows], dx[0, at : at + rows], W, target[at : at + rows]) for at in range(0, len(x), rows)
-        ]
-
-    def one(x, dx, target, W):
-        z, d = (torch.mm(part, W.mT, out_dtype=torch.float32) for part in (x, dx))
-        return cross_entropy_delta(z, d[None], target)
-
-    return hybrid
+def hybrid(*inputs: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
+    """The rival of the fused kernel, whatever FINF_BACKEND says; it says itself where it cannot run."""
+    before = os.environ.get("FINF_BACKEND", "auto")
+    os.environ["FINF_BACKEND"] = "hybrid"
+    try:
+        return linear_cross_entropy_delta(*inputs, **changes)
+    finally:
+        os.environ["FINF_BACKEND"] = before

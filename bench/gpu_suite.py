@@ -196,8 +196,9 @@ def lines(done: Run) -> list[dict[str, Any]]:
 
 
 def test_files() -> list[Path]:
-    """The tests of operations, which run along their faces."""
-    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "face_fixture(" in path.read_text()]
+    """The tests of operations, which run along their faces, and others that need a GPU."""
+    words = ("face_fixture(", "@needs_gpu")
+    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if any(w in path.read_text() for w in words)]
 
 
 def few_tests(suite: Suite, limit: float, part: Part) -> None:
@@ -227,7 +228,7 @@ def run_tests(suite: Suite, limit: float, part: Part, words: str) -> None:
 
 def pytest(suite: Suite, paths: list[Path], words: str, limit: float, before: tuple[str, ...] = ()) -> Run:
     """The tests of faces for GPUs, one line a test, so that those that ran are counted in what was ended too."""
-    chosen = "(triton or cuda)" + (f" and {words}" if words else "")
+    chosen = "(triton or cuda or hybrid)" + (f" and {words}" if words else "")
     command = [*before, sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", "-k", chosen]
     where = {"FINF_TEST_DEVICE": "cpu" if suite.dry else "cuda", **suite.interpreter()}
     return suite.process([*command, *map(str, paths)], limit, **where)

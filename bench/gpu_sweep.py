@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,10 +38,12 @@ def steps(model: nn.Module, queries: list[Any], loss: str) -> list[ff.Update]:
     return [ff.mirror(model, query, loss=loss, lr=LR, rank=RANK) for query in queries]
 
 
-def seconds_of(model: nn.Module, updates: list[ff.Update], corpus: Any, loss: str) -> tuple[float, ff.Scores]:
+def seconds_of(
+    model: nn.Module, updates: list[ff.Update], corpus: Any, loss: str, engine: str = "delta"
+) -> tuple[float, ff.Scores]:
     """Of one sweep in bfloat16; scores lie on the CPU at its end, so that the device is done."""
     since = time.perf_counter()
-    scores = ff.sweep(model, updates, corpus, loss=loss, dtype=torch.bfloat16, engine="delta", progress=False)
+    scores = ff.sweep(model, updates, corpus, loss=loss, dtype=torch.bfloat16, engine=engine, progress=False)
     return time.perf_counter() - since, scores
 
 
@@ -61,6 +65,8 @@ def language(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
     updates = steps(model, [ids[S + q : S + q + 1] for q in range(Q)], "causal_lm")
     seconds_of(model, updates, ff.open_corpus(ids[:WARM]), "causal_lm")
     seconds, scores = seconds_of(model, updates, ff.open_corpus(ids[:S]), "causal_lm")
+    graphed, said = with_graphs(model, updates, ff.open_corpus(ids[:S]), scores)
+    dot, first = seconds_of(model, updates, ff.open_corpus(ids[:S]), "causal_lm", engine="dot")
     tflops = (1 + Q) * S * flop_of(model, ids[:1], "causal_lm") / seconds / 1e12
     return {
         "case": f"gpt2 T={length} Q={Q} bf16",
@@ -68,8 +74,29 @@ def language(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
         "ms": 1e3 * seconds,
         "tflops": tflops,
         "percent_of_gemm": 100 * tflops / peak,
-        "notes": {"plan": scores.plan},
+        "times": {"with graphs": graphed / seconds, "to first order": dot / seconds},
+        "notes": {"plan": scores.plan, "graphs": said, "time": where_to(scores), "first order": apart(first, scores)},
     }
+
+
+def where_to(scores: ff.Scores) -> str:
+    """What a sweep's time went to, in percent, and how many batches crossed ahead of it."""
+    stages = ", ".join(f"{stage} {share}" for stage, share in scores.record["percent_of_time"].items())
+    return f"{stages} %; {scores.record.get('batches_sent_ahead', 0)} batches sent ahead"
+
+
+def with_graphs(model: nn.Module, updates: list[ff.Update], corpus: Any, plain: ff.Scores) -> tuple[float, str]:
+    """Seconds of the same sweep with forwards recorded, and how its scores compare."""
+    os.environ["FINF_GRAPHS"] = "1"
+    try:
+        seconds, scores = seconds_of(model, updates, corpus, "causal_lm")
+    finally:
+        del os.environ["FINF_GRAPHS"]
+    return seconds, f"{scores.record.get('graphs', 'none on this device')}, {apart(scores, plain)}"
+
+
+def apart(scores: ff.Scores, plain: ff.Scores) -> str:
+    return f"scores {np.linalg.norm(scores.delta - plain.delta) / np.linalg.norm(plain.delta):.1e} apart"
 
 
 def images(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
@@ -90,7 +117,7 @@ def images(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
         "tflops": tflops,
         "percent_of_gemm": 100 * tflops / peak,
         "times": {"released loop": released / seconds},
-        "notes": {"plan": scores.plan},
+        "notes": {"plan": scores.plan, "time": where_to(scores)},
     }
 
 

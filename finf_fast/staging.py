@@ -1,7 +1,8 @@
 """Stage 2, staging: one thread reads blocks ahead of the model, never more than a few, and hands them over in order.
 
 A slot is taken before a block is read and given back when the consumer takes the block, so that at most ``depth``
-decoded blocks wait at any moment, whatever their size; whoever waits sleeps until it is woken.
+decoded blocks wait at any moment, whatever their size; whoever waits sleeps until it is woken. What is read can be sent
+on its way to the device by the same thread, so that it crosses while the consumer computes.
 """
 
 from __future__ import annotations
@@ -10,31 +11,38 @@ import atexit
 import ctypes
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 
-from finf_fast.records import Block, Plan
+from finf_fast.records import Block, Part, Plan
 
-__all__ = ["stage"]
+__all__ = ["PADDED", "stage"]
 
 _END = object()
+PADDED = 8 << 20  # tokens of a batch, padding counted: 64 MiB as int64, what a window of samples of one length has
 GRACE = 5.0  # seconds that the end of the interpreter waits for a reading that hangs, on a network disk perhaps
 
 
-def stage(corpus: Any, plan: Plan, numbers: Iterable[int], depth: int = 2) -> Iterator[Block]:
+def stage(
+    corpus: Any, plan: Plan, numbers: Iterable[int], depth: int = 2, send: Callable[[Any], Any] | None = None
+) -> Iterator[Block]:
     """Read blocks of a plan ahead, in one background thread, and yield them in the order asked for.
 
     The thread starts with the first ``next`` and is gone when the iterator ends, fails or is closed; closing waits for
     the block that is being read.
 
     Args:
-        corpus: anything with ``read(start, stop) -> batch``; it is called from the one thread only.
+        corpus: anything with ``read(start, stop) -> batch``, and where blocks are windows of texts ``lengths`` and
+            ``take``, as a :class:`finf_fast.corpus.Corpus`; called from the one thread only.
         plan: cuts the corpus into blocks.
         numbers: which blocks, 0 … plan.blocks - 1, in this order.
         depth: decoded blocks that may wait, 1 or more, besides the one the consumer holds.
+        send: called in the thread with every batch read; what it gives back is the part's ``sent``.
 
     Raises:
         ValueError: depth below 1; a block number that the plan does not have.
@@ -44,7 +52,7 @@ def stage(corpus: Any, plan: Plan, numbers: Iterable[int], depth: int = 2) -> It
         raise TypeError(f"depth: wanted an integer, got {depth!r}")
     if depth < 1:
         raise ValueError(f"depth: wanted 1 or more blocks, got {depth}")
-    return _staged(_Reader(corpus, plan, numbers, depth))
+    return _staged(_Reader(corpus, plan, numbers, depth, send))
 
 
 def _staged(reader: _Reader) -> Iterator[Block]:
@@ -64,12 +72,12 @@ def _staged(reader: _Reader) -> Iterator[Block]:
 class _Reader(threading.Thread):
     """The thread that reads; ``ready`` carries blocks, then the end or the exception that ended it."""
 
-    def __init__(self, corpus: Any, plan: Plan, numbers: Iterable[int], depth: int):
+    def __init__(self, corpus: Any, plan: Plan, numbers: Iterable[int], depth: int, send: Callable[[Any], Any] | None):
         # A daemon, so that a second Ctrl-C, while a read hangs on a dead network disk, still ends the process.
         super().__init__(name="finf-fast-staging", daemon=True)
         self.ready: SimpleQueue[Any] = SimpleQueue()
         self.slots = threading.Semaphore(depth)
-        self._work = corpus, plan, numbers
+        self._work, self._send = (corpus, plan, numbers), send
         self._stopped = False
 
     def start(self) -> None:
@@ -93,13 +101,29 @@ class _Reader(threading.Thread):
             if not 0 <= number < plan.blocks:
                 raise ValueError(f"numbers: wanted blocks 0 to {plan.blocks - 1}, got {number}")
             start, stop = plan.rows(number)
-            self.ready.put(Block(number, start, stop, corpus.read(start, stop)))
+            self.ready.put(Block(number, start, stop, tuple(map(self._sent, _parts(corpus, plan, start, stop)))))
+
+    def _sent(self, part: Part) -> Part:
+        return part if self._send is None else replace(part, sent=self._send(part.batch))
 
     def stop(self, patience: float | None = None) -> None:
         """Wake the thread if it waits for a slot, and wait until it is gone, or for so many seconds."""
         self._stopped = True
         self.slots.release()
         self.join(patience)
+
+
+def _parts(corpus: Any, plan: Plan, start: int, stop: int) -> Iterator[Part]:
+    """A block's samples in one batch; in several where padding all to the longest would fill the memory."""
+    counts = None if plan.forward is None else corpus.lengths(start, stop)
+    if counts is None or len(counts) * int(counts.max()) <= PADDED:
+        yield Part(torch.arange(stop - start), corpus.read(start, stop))
+        return
+    order, first = np.argsort(counts, kind="stable"), 0
+    for last in range(1, len(order) + 1):
+        if last == len(order) or (last + 1 - first) * counts[order[last]] > PADDED:
+            yield Part(torch.from_numpy(order[first:last]), corpus.take(start + order[first:last]))
+            first = last
 
 
 def _stay_alone() -> None:

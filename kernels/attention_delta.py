@@ -50,7 +50,7 @@ from finf_fast.kernels.attention_scores import (
     store_numbers,
     write,
 )
-from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, settings_for
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, roomy, settings_for
 from finf_fast.kernels.numerics import expm1, product, rounded
 
 # Past this gain the third kernel takes the row. A key whose p is zero in float32, below e^-87, counts for less than
@@ -309,6 +309,7 @@ def attention_delta(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **OPTIONS,
+        **(roomy(tile.num_warps) if q.dtype == torch.float32 else {}),
     }
     strides = (*q.stride()[1:4], *k.stride()[1:4], *v.stride()[1:4], *places)
     _value_kernel[(blocks,)](q, k, v, mask, out, y, top, total, leader, *strides, *numbers, **shape)
@@ -365,4 +366,5 @@ def _specimen(kernel, kind: str, width: int, tile: Tile, busy: bool, architectur
         tile.num_stages,
         unaligned=("QUERIES", "HEADS", "GROUP"),
         instructions=(unit,) if kind == "bf16" else (),
+        options={} if kind == "bf16" else roomy(tile.num_warps),
     )

@@ -47,6 +47,22 @@ class Specimen:
     options: Mapping[str, Any] = field(default_factory=dict)  # of triton.compile, beyond the two above
 
 
+def newer_assembler() -> bool:
+    """Whether Triton is 3.9 or newer: its code and its ptxas need fewer registers for the same tiles than 3.6's do.
+
+    Versions between were not tried and count as older: a tile too small costs little, one that spills much.
+    """
+    import triton
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 9)
+
+
+def roomy(num_warps: int) -> dict[str, int]:
+    """Options of a launch whose kernel, before Triton 3.9, would spill a few registers so that another program fits on
+    the multiprocessor: as many as there are for one program. Newer assemblers need no telling."""
+    return {} if newer_assembler() else {"maxnreg": min(255, 65536 // (32 * num_warps))}
+
+
 def interpreted() -> bool:
     """Whether kernels run through Triton's interpreter; Triton itself asks when a kernel's file is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

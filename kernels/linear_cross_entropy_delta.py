@@ -28,6 +28,8 @@ from finf_fast.kernels.configurations import (
     has_descriptors,
     interpreted,
     multiprocessors,
+    newer_assembler,
+    roomy,
     settings_for,
 )
 from finf_fast.kernels.head_finish import finish_far_kernel, finish_kernel
@@ -63,9 +65,12 @@ class Settings:
 # Two accumulators of 128×128, or one and the e^(z−m) of as many, are 128 of a thread's 255 registers with 8 warps. What
 # comes beside them in `narrow` is spilt there, as compiling ahead of time shows, and is not with half as many columns.
 # Stages are as many as shared memory holds: one is (2·rows + columns)·depth bfloat16 of a pair.
+# Triton 3.6 keeps twice as many numbers of a plain tile at a time as 3.9: a pair spilt in 130 places, and in none with
+# half as many columns.
 # float32 goes by multiply-adds, whose operands lie in registers: 32 × 32, and 8 warps to a few numbers each.
 _FMA = Tiles(32, 32, 16, 8, 2)
 _FMA_80 = Tiles(32, 64, 16, 8, 2)  # there the smaller one is given 128 registers by the assembler, and spills
+_PLAIN = 128 if newer_assembler() else 64
 # (x + dx) R of a low-rank change: float32 too, a hundredth of all work.
 INNER = Tiles(32, 16, 32, 4, 2)
 TABLE = {
@@ -76,7 +81,13 @@ TABLE = {
     # As 80 with 99 KiB.
     89: Settings(Tiles(128, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 4), Tiles(128, 32, 32, 8, 3), _FMA_80, rank=16),
     # wgmma reads both operands from shared memory. 227 KiB: 4 stages of 48 KiB, 5 of 32.
-    90: Settings(Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 8, 5), Tiles(128, 64, 64, 8, 4), _FMA, rank=16),
+    90: Settings(
+        pair=Tiles(128, _PLAIN, 64, 8, 4),
+        queries=Tiles(128, _PLAIN, 64, 8, 5),
+        narrow=Tiles(128, 64, 64, 8, 4),
+        wide=_FMA,
+        rank=16,
+    ),
     # Results of tcgen05 come back to registers whole, and 128 columns of them spill. Not measured on a device.
     100: Settings(*[Tiles(128, 64, 64, 8, 4)] * 3, _FMA, rank=16),
 }
@@ -278,6 +289,7 @@ def _walk(head: _Head, z_t, d_t, far, values, changes, parts, tiles_a_part, *, a
         *(values, changes, *_strides(head), N, D, len(head.W), head.Q, r, tiles_a_part, head.softcap or 1.0),
         **_constants(tiles, rank, after, head.paired, bool(head.softcap), smoothing, head.halves, descriptors),
         **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **OPTIONS},
+        **(roomy(tiles.num_warps) if head.x.dtype == torch.float32 else {}),
     )
 
 
@@ -337,6 +349,7 @@ def _walk_specimen(architecture, name, given, kind="bf16", paired=False, **flags
         *(constants | {"INTERPRETED": False}, tiles.num_warps, tiles.num_stages),
         unaligned=("N", "V", "Q", "rank", "tiles_a_part", "x1_rows"),
         instructions=tensor_cores + (("UTMALDG",) if descriptors and architecture == 90 else ()),
+        options=roomy(tiles.num_warps) if wide else {},
     )
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, settings_for
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, roomy, settings_for
 from finf_fast.kernels.numerics import product, rounded
 
 
@@ -155,7 +155,8 @@ def linear_delta(
     found = settings_for(TILES, architecture(stack.device))
     tile = found.short if stack.dtype == torch.bfloat16 else found.long
     U, inner = (None, None) if factors is None else (factors[0], _inner(stack, factors[1], tile))
-    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS}
+    room = roomy(tile.num_warps) if tile is found.long else {}
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS, **room}
     _linear_delta_kernel[((1 + Q) * triton.cdiv(N, tile.BLOCK_M) * triton.cdiv(E, tile.BLOCK_N),)](
         *(stack, W, bias, dW, inner, U, db, y, *stack.stride(), *W.stride()),
         *(*_strides(dW, 3), *_strides(U, 3), *_strides(db, 2), N, D, E, 0 if inner is None else inner.shape[2], Q),
@@ -189,6 +190,7 @@ def _inner(stack: Tensor, V: Tensor, tile: Tile) -> Tensor:
         num_warps=4,
         num_stages=tile.num_stages,
         **OPTIONS,
+        **roomy(4),
     )
     return inner
 
@@ -217,6 +219,7 @@ def _specimen(kind: str, tile: Tile, seen: tuple[str, ...], name: str, given: tu
         tile.num_stages,
         unaligned=("CHANGES",),
         instructions=seen,
+        options=roomy(tile.num_warps) if kind == "fp32" else {},
     )
 
 
@@ -231,4 +234,5 @@ def _inner_specimen(kind: str, tile: Tile, seen: tuple[str, ...]) -> Specimen:
         4,
         tile.num_stages,
         instructions=seen,
+        options=roomy(4),
     )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, settings_for
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, newer_assembler, settings_for
 from finf_fast.kernels.numerics import rounded
 
 
@@ -281,8 +281,10 @@ def _shape(found: Settings, D: int, grouped: bool) -> tuple[Any, int, int, int]:
     if (found.longest_grouped if grouped else found.longest) < D:
         return _norm_long_kernel, found.chunk, 1, max(1, found.chunk // (32 * found.each))
     width = triton.next_power_of_2(D)
-    rows = max(1, found.least // width)
-    return _norm_rows_kernel, width, rows, max(1, width * rows // (32 * found.each))
+    rows, each = max(1, found.least // width), found.each
+    if width > 4096 and found.each < 32 and not newer_assembler():  # which spills two registers of the longest row
+        each //= 2
+    return _norm_rows_kernel, width, rows, max(1, width * rows // (32 * each))
 
 
 def specimens(architecture: int) -> list[Specimen]:

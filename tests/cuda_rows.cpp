@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../csrc/cuda/tiles/cross_entropy_delta.inl.h"
+#include "../csrc/cuda/tiles/decode_pixels.inl.h"
 #include "../csrc/cuda/tiles/noise.inl.h"
 #include "../csrc/cuda/tiles/segment_sum.inl.h"
 #include "../csrc/cuda/tiles/squared_error_delta.inl.h"
@@ -161,6 +162,11 @@ void segment_sum(const SegmentSum& op, const Place&) {
 
 void topk_merge(const TopKMerge& op, const Place& place) {
     if (op.K > 0) op.dtype == DType::f64 ? merge<double>(op, place) : merge<float>(op, place);
+}
+
+void decode_pixels(const DecodePixels& op, const Place&) {
+    for (int64_t i = 0; i < (op.M + PIXELS - 1) / PIXELS; ++i)
+        op.dtype == DType::bf16 ? decode_chunk<uint16_t>(op, i) : decode_chunk<uint32_t>(op, i);
 }
 
 void noise(const Noise& op, const Place&) {

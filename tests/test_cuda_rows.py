@@ -21,7 +21,7 @@ from finf_fast.ops import dispatch
 
 pytestmark = pytest.mark.prove
 ROOT = Path(__file__).parent.parent
-OPS = ["cross_entropy_delta", "noise", "segment_sum", "squared_error_delta", "topk_merge"]
+OPS = ["cross_entropy_delta", "decode_pixels", "noise", "segment_sum", "squared_error_delta", "topk_merge"]
 FLOATS = [torch.float32, torch.bfloat16]
 
 
@@ -140,6 +140,16 @@ def test_noise_has_the_bits_of_the_cpu(lanes, monkeypatch):
     monkeypatch.setenv("FINF_BACKEND", "cpp")
     there = [ops.noise(12345, samples, 7, (M,)) for M in (0, 1, 4, 8, 1003)]
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("C, run", [(1, 1), (3, 1), (3, 7), (2, 16), (1, 100)])
+def test_decode_pixels_has_the_bits_of_the_table(lanes, dtype, C, run):
+    table = torch.randn(C, 256).to(dtype)
+    for by in (0, 3):
+        raw = shifted(torch.randint(256, (3, 4 * C * run), dtype=torch.uint8), by)
+        channel = torch.arange(4 * C * run) // run % C
+        assert torch.equal(ops.decode_pixels(raw, table, run), table[channel, raw.long()])
 
 
 def test_every_face_named_cuda_is_tested():

@@ -55,7 +55,7 @@ def _no_thread_is_left():
 def test_blocks_come_in_order_with_their_rows():
     blocks = list(stage(Counted(), Plan(5, 98, 10), range(10)))
     assert [(b.number, b.start, b.stop) for b in blocks] == [(n, 5 + 10 * n, min(15 + 10 * n, 98)) for n in range(10)]
-    assert torch.equal(torch.cat([block.batch for block in blocks]), torch.arange(5, 98))
+    assert torch.equal(torch.cat([block.parts[0].batch for block in blocks]), torch.arange(5, 98))
     assert len(blocks[-1]) == 3
 
 
@@ -77,7 +77,7 @@ def test_every_kind_of_corpus_goes_through():
     for source in (Squares(), (torch.arange(7.0)[:, None], torch.arange(7) ** 2)):
         corpus = open_corpus(source)
         blocks = list(stage(corpus, Plan(0, len(corpus), 3), range(3)))
-        assert torch.cat([block.batch[1] for block in blocks]).tolist() == [0, 1, 4, 9, 16, 25, 36]
+        assert torch.cat([block.parts[0].batch[1] for block in blocks]).tolist() == [0, 1, 4, 9, 16, 25, 36]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -168,8 +168,10 @@ def test_closing_early_ends_a_reader_in_the_middle_of_a_block():
     corpus = Counted()
     blocks = stage(corpus, Plan(0, 100, 10), range(10), depth=2)
     next(blocks)
+    corpus.await_reads(3)  # as many as may wait, and the one that was taken
     corpus.gate.clear()
     next(blocks)
+    corpus.await_reads(1)
     (thread,) = readers()
     threading.Timer(0.1, corpus.gate.set).start()
     blocks.close()

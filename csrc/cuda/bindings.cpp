@@ -4,6 +4,7 @@
 
 #include "../check.h"
 #include "cross_entropy_delta.h"
+#include "decode_pixels.h"
 #include "noise.h"
 #include "segment_sum.h"
 #include "squared_error_delta.h"
@@ -30,6 +31,13 @@ void cross_entropy_delta(int device, uintptr_t stream, uintptr_t z, int z_dtype,
          finf::require_float_or_bf16("dz_dtype", dz_dtype), dz_stride_q, dz_stride_n, memory<int64_t>(target),
          memory<float>(base), memory<float>(delta), delta_stride_q, N, V, Q, ignore_index, label_smoothing},
         place(device, stream));
+}
+
+void decode_pixels(int device, uintptr_t stream, uintptr_t raw, uintptr_t table, int dtype, uintptr_t out, int64_t M,
+                   int64_t C, int64_t run) {
+    finf::cuda::decode_pixels({memory<uint8_t>(raw), memory<void>(table), finf::require_float_or_bf16("dtype", dtype),
+                               memory<void>(out), M, C, run},
+                              place(device, stream));
 }
 
 void noise(int device, uintptr_t stream, uint64_t seed, uintptr_t samples, uint32_t draw, uintptr_t out, int64_t S,
@@ -80,6 +88,8 @@ PYBIND11_MODULE(_cuda, module) {
                "z_stride"_a, "dz"_a, "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a,
                "delta_stride_q"_a, "N"_a, "V"_a, "Q"_a, "ignore_index"_a, "label_smoothing"_a,
                "z (N,V), dz (Q,N,V), target (N) int64 -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
+    module.def("decode_pixels", decode_pixels, unlocked, "device"_a, "stream"_a, "raw"_a, "table"_a, "dtype"_a, "out"_a,
+               "M"_a, "C"_a, "run"_a, "raw (M) uint8, table (C,256) -> out (M). dtype: 0 float32, 1 bfloat16.");
     module.def("noise", noise, unlocked, "device"_a, "stream"_a, "seed"_a, "samples"_a, "draw"_a, "out"_a, "S"_a, "M"_a,
                "samples (S) int64 -> out (S,M) float32, standard normal.");
     module.def("segment_sum", segment_sum, unlocked, "device"_a, "stream"_a, "values"_a, "values_dtype"_a,

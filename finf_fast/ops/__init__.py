@@ -9,6 +9,7 @@ from __future__ import annotations
 from finf_fast.ops.activation_delta import activation_delta
 from finf_fast.ops.attention_delta import attention_delta
 from finf_fast.ops.cross_entropy_delta import cross_entropy_delta, cross_entropy_delta_out
+from finf_fast.ops.decode_pixels import decode_pixels
 from finf_fast.ops.dispatch import chosen, faces
 from finf_fast.ops.group_norm_delta import group_norm_delta
 from finf_fast.ops.layer_norm_delta import layer_norm_delta
@@ -26,6 +27,7 @@ __all__ = [
     "chosen",
     "cross_entropy_delta",
     "cross_entropy_delta_out",
+    "decode_pixels",
     "faces",
     "group_norm_delta",
     "layer_norm_delta",

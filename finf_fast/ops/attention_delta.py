@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape, rows
+from finf_fast.ops.border import CODES, FLOATS, check_dtype, check_same_device, check_shape, check_softcap, rows
 from finf_fast.ops.register import register
 from finf_fast.ops.stacks import address, check_stack, stacked_queries
 
@@ -48,7 +48,7 @@ def attention_delta(
         scale: factor on the products, 1 / sqrt(E) if None.
         mask: broadcastable to (B, H, T, T'), the same for all queries: bool (True is seen), or a float that is added to
             the scores; may stand beside `causal`.
-        softcap: c > 0 makes a score c tanh(s / c), before the mask; or None.
+        softcap: c > 0, a normal number of float32, makes a score c tanh(s / c), before the mask; or None.
 
     Returns:
         (1+Q, B, H, T, E') in q's dtype, contiguous; leading size 1 where nothing changes. A row that sees no key gives
@@ -56,7 +56,7 @@ def attention_delta(
 
     Raises:
         TypeError: a dtype not named above, or k's or v's is not q's.
-        ValueError: shapes, numbers of queries or devices do not fit; softcap not above 0.
+        ValueError: shapes, numbers of queries or devices do not fit; softcap out of range.
 
     Source: design section 2, "softmax" and "a product".
     """
@@ -76,8 +76,7 @@ def _allocate(q, k, v, causal, scale, mask, softcap):
     check_same_device(q=q, k=k, v=v)
     if H and (not k.shape[2] or H % k.shape[2]):
         raise ValueError(f"k: wanted a number of heads that divides q's {H}, got {k.shape[2]}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: wanted a number above 0 or None, got {softcap}")
+    check_softcap(softcap)
     if mask is not None:
         _check_mask(q, mask, (B, H, T, k.shape[3]))
     return q.new_empty(1 + stacked_queries({"q": q, "k": k, "v": v}), B, H, T, v.shape[4])

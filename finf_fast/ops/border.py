@@ -15,6 +15,7 @@ __all__ = [
     "check_rows",
     "check_same_device",
     "check_shape",
+    "check_softcap",
     "check_targets",
     "place",
     "result_dtype",
@@ -55,6 +56,15 @@ def check_rows(name: str, x: Tensor) -> None:
     """ValueError unless the numbers of a row that is to be written are neighbours in memory."""
     if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: wanted rows without gaps (last stride 1), got strides {x.stride()}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """ValueError unless `softcap` is None or above 0, and a normal number of float32, in which faces divide by it: one
+    that rounds to 0 or to infinity there would cap nothing or give NaN."""
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if softcap is not None and not least <= softcap <= most:
+        held = f"in float32: {least:.1e} to {most:.1e}"
+        raise ValueError(f"softcap: wanted a number above 0 or None, got {softcap} ({held})")
 
 
 def check_targets(target: Tensor, V: int, ignore_index: int) -> None:

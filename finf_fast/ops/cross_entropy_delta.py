@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -151,6 +153,15 @@ def _run_cuda(z, dz, target, base, delta, ignore_index, label_smoothing):
 
 
 _FACES = {"cpp": _run_cpp, "cuda": _run_cuda, "reference": _run_reference}
+
+
+def row_kernel(device: torch.device) -> Callable:
+    """The compiled face for tensors on `device`, whatever FINF_BACKEND says, for an operation that forms logits itself:
+    ``(z, dz, target, base, delta, ignore_index, label_smoothing)``, float32, rows without gaps. On a CPU where nothing
+    is built the reference."""
+    wanted = "cuda" if device.type == "cuda" else "cpp"
+    built = next(v for v in dispatch.faces("cross_entropy_delta") if v.face == wanted).available
+    return _FACES[wanted if built or wanted == "cuda" else "reference"]
 
 
 @register(

@@ -1,8 +1,9 @@
 """Which face of an operation runs: one table, one choice, and a reason for every face that is refused.
 
 ``FINF_BACKEND`` chooses: ``auto`` (default) takes the first face of the operation's row below that is built and takes
-the inputs; a face's name forces it, and what it cannot take is then an error. The first choice of each kind is logged
-at INFO to the logger ``finf_fast``, with the reasons against the faces before it.
+the inputs, after the one that `finf_fast.ops.measured` knows to be faster where there are rivals; a face's name forces
+it, and what it cannot take is then an error. The first choice of each kind is logged at INFO to the logger
+``finf_fast``, with the reasons against the faces before it.
 
 A new face is a word in `TABLE` here and a runner in the operation's file.
 """
@@ -20,7 +21,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from finf_fast.ops import measured
+
 __all__ = [
+    "RIVALS",
     "TABLE",
     "Face",
     "Verdict",
@@ -62,9 +66,10 @@ TABLE: dict[str, dict[str, Face]] = {
     "cross_entropy_delta": {"cpp": _SHORT, "cuda": _GPU, "reference": _ANY},
     "activation_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "attention_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
+    "decode_pixels": {"cuda": _GPU, "reference": _ANY},  # on a CPU staging decodes as it reads
     "group_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
-    "linear_cross_entropy_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
+    "linear_cross_entropy_delta": {"cpp": _SHORT, "triton": _GPU, "hybrid": _GPU, "reference": _ANY},
     "linear_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "noise": {
         "cpp": Face(("cpu",), (torch.int64,)),
@@ -84,6 +89,9 @@ TABLE: dict[str, dict[str, Face]] = {
         "reference": Face(None, (torch.float32, torch.float64)),
     },
 }
+
+# Faces of which none is faster everywhere: what was measured decides, and without that their order above.
+RIVALS: dict[str, tuple[str, ...]] = {"linear_cross_entropy_delta": ("triton", "hybrid")}
 
 
 @functools.cache
@@ -127,11 +135,26 @@ def _without_triton() -> str:
 
 def interpreted() -> bool:
     """Whether Triton's kernels were asked for without a GPU: on CPU tensors, through Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FINF_BACKEND") == "triton"
+    return os.environ.get("TRITON_INTERPRET") == "1" and _asked_for("triton")
+
+
+def _without_wide_products() -> str:
+    if "dtype_out" not in torch.ops.aten.mm.overloads():
+        return f"torch.mm has no out_dtype before torch 2.8, and this is {torch.__version__}"
+    return _unbuilt_cuda()
+
+
+def _asked_for(face: str) -> bool:
+    return os.environ.get("FINF_BACKEND") == face
 
 
 # A face that needs more than torch says here what it misses.
-_MISSING: dict[str, Callable[[], str]] = {"cpp": _unbuilt, "triton": _without_triton, "cuda": _unbuilt_cuda}
+_MISSING: dict[str, Callable[[], str]] = {
+    "cpp": _unbuilt,
+    "triton": _without_triton,
+    "cuda": _unbuilt_cuda,
+    "hybrid": _without_wide_products,
+}
 
 _choices: dict[tuple, str] = {}
 _logged: set[tuple[str, str, str]] = set()
@@ -142,18 +165,21 @@ def backends() -> list[str]:
     return ["auto", *dict.fromkeys(face for row in TABLE.values() for face in row)]
 
 
-def choose(op: str, *inputs: Tensor) -> str:
+def choose(op: str, *inputs: Tensor, case: measured.Case | None = None) -> str:
     """Name of the face that runs `op` on these floating inputs.
 
-    A choice is made once per (FINF_BACKEND, devices, dtypes) and remembered: afterwards a call costs a look-up.
+    A choice is made once per (FINF_BACKEND, case, devices, dtypes) and remembered: afterwards a call costs a look-up.
+
+    Args:
+        case: what measurements of rivals are looked up by; None where there are none.
 
     Raises:
         ValueError: FINF_BACKEND is no face's name, or names a face that refuses these inputs.
     """
-    key = (op, os.environ.get("FINF_BACKEND") or "auto", *[(x.device.type, x.dtype) for x in inputs])
+    key = (op, os.environ.get("FINF_BACKEND") or "auto", case, *[(x.device, x.dtype) for x in inputs])
     face = _choices.get(key)
     if face is None:
-        face = _choices[key] = _decide(op, key[1], inputs)
+        face = _choices[key] = _decide(op, key[1], case, inputs)
     return face
 
 
@@ -165,7 +191,8 @@ def faces(op: str, *inputs: Tensor) -> list[Verdict]:
 def chosen() -> dict[str, str]:
     """What ran in this process: operation to face, for a run's record; several, in order of first use, by comma."""
     record: dict[str, list[str]] = {}
-    for (op, *_), face in _choices.items():
+    # Of a copy, for another thread may be making its first choice.
+    for (op, *_), face in list(_choices.items()):
         if face not in record.setdefault(op, []):
             record[op].append(face)
     return {op: ",".join(names) for op, names in record.items()}
@@ -177,24 +204,45 @@ def _row(op: str) -> dict[str, Face]:
     return TABLE[op]
 
 
-def _decide(op: str, backend: str, inputs: tuple[Tensor, ...]) -> str:
+def _decide(op: str, backend: str, case: measured.Case | None, inputs: tuple[Tensor, ...]) -> str:
     if backend not in backends():
         raise ValueError(f"FINF_BACKEND: wanted one of {', '.join(backends())}, got {backend!r}")
-    verdicts = faces(op, *inputs)
+    verdicts, word = faces(op, *inputs), "first choice"
     if backend != "auto":
         verdicts = [v for v in verdicts if v.face == backend] or [Verdict(backend, False, "it has no such face")]
+        word = f"FINF_BACKEND={backend}"
+    elif case is not None:
+        verdicts, word = _by_measurement(op, case, inputs[0], verdicts)
     refused = [v for v in verdicts if not v.available]
     taken = next((v for v in verdicts if v.available), None)
     if taken is None:
         reasons = "; ".join(f"{v.face}: {v.reason}" for v in refused)
         raise ValueError(f"FINF_BACKEND={backend}: no face of {op} takes these inputs ({reasons})")
-    _tell(op, taken.face, backend, [v for v in refused if verdicts.index(v) < verdicts.index(taken)])
+    _tell(op, taken.face, word, [v for v in refused if verdicts.index(v) < verdicts.index(taken)])
     return taken.face
 
 
-def _tell(op: str, face: str, backend: str, passed: list[Verdict]) -> None:
-    reason = "; ".join(f"not {v.face}: {v.reason}" for v in passed)
-    reason = reason or ("first choice" if backend == "auto" else f"FINF_BACKEND={backend}")
+def _by_measurement(op: str, case: measured.Case, x: Tensor, verdicts: list[Verdict]) -> tuple[list[Verdict], str]:
+    """The verdicts with the fastest of the rivals before all others, and a word on it."""
+    rivals = [v for v in verdicts if v.available and v.face in RIVALS.get(op, ())]
+    if len(rivals) < 2:
+        return verdicts, "first choice"
+    face = measured.fastest(op, _architecture(x.device), case)
+    if face is None:
+        return verdicts, f"{' and '.join(v.face for v in rivals)}: {measured.summary(_architecture(x.device))}"
+    return sorted(verdicts, key=lambda v: v.face != face), "the faster one, as measured"
+
+
+def _architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 for no such device."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _tell(op: str, face: str, word: str, passed: list[Verdict]) -> None:
+    reason = "; ".join(f"not {v.face}: {v.reason}" for v in passed) or word
     if (op, face, reason) not in _logged:
         _logged.add((op, face, reason))
         log.info("%s runs on its %s face (%s)", op, face, reason)
@@ -202,14 +250,28 @@ def _tell(op: str, face: str, backend: str, passed: list[Verdict]) -> None:
 
 def _judge(op: str, face: str, inputs: tuple[Tensor, ...]) -> Verdict:
     takes = _row(op)[face]
-    reason = _MISSING[face]() if face in _MISSING else ""
+    reason = "" if _at_home(face, inputs) else _MISSING.get(face, str)()
     for x in inputs:
         reason = reason or _refusal(face, takes, x)
-    return Verdict(face, not reason, reason or _holds(takes))
+    rival = face in RIVALS.get(op, ())
+    return Verdict(face, not reason, reason or (f"{_holds(takes)}; {_measured_here()}" if rival else _holds(takes)))
+
+
+def _at_home(face: str, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the hybrid was asked for on a CPU: its products of float32 there are those of any torch."""
+    return face == "hybrid" and _asked_for("hybrid") and all(x.device.type == "cpu" for x in inputs)
+
+
+def _measured_here() -> str:
+    return measured.summary(_architecture(torch.device("cuda")) if torch.cuda.is_available() else None)
 
 
 def _refusal(face: str, takes: Face, x: Tensor) -> str:
-    devices = ("cpu",) if face == "triton" and interpreted() else takes.devices
+    devices = takes.devices
+    if face == "triton" and interpreted():
+        devices = ("cpu",)
+    elif face == "hybrid" and _asked_for("hybrid"):
+        devices = (*takes.devices, "cpu")
     if devices is not None and x.device.type not in devices:
         return f"{x.device.type}: the {face} face runs on {' and '.join(devices)} only"
     if x.dtype not in takes.dtypes:

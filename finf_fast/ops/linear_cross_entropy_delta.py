@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from finf_fast import reference
-from finf_fast.ops import dispatch
+from finf_fast.ops import dispatch, hybrid, measured
 from finf_fast.ops.border import (
     CODES,
     FLOATS,
@@ -14,10 +14,12 @@ from finf_fast.ops.border import (
     check_rows,
     check_same_device,
     check_shape,
+    check_softcap,
     check_targets,
     result_dtype,
     rows,
 )
+from finf_fast.ops.cross_entropy_delta import row_kernel
 from finf_fast.ops.linear_delta import check_changes, factors_of, queries
 from finf_fast.ops.register import register
 
@@ -60,7 +62,7 @@ def linear_cross_entropy_delta(
         db: (Q, V) change of the bias, whether or not there is a bias.
         dW: (Q, V, D) dense change of the weight, or None.
         dW_factors: (U, V), a change of rank r: U (Q, V, r), V (Q, D, r); not beside `dW`.
-        softcap: c > 0 (logits), or None.
+        softcap: c > 0 (logits), a normal number of float32, or None.
         ignore_index: rows with this target give base 0 and delta 0.
         label_smoothing: in [0, 1], as in F.cross_entropy (dimensionless).
 
@@ -140,8 +142,7 @@ def _check(x, dx, W, target, bias, db, dW, U, V, softcap, label_smoothing) -> in
 def _check_numbers(W: Tensor, softcap: float | None, label_smoothing: float) -> None:
     if W.shape[0] == 0:
         raise ValueError(f"W: wanted at least one row (V >= 1), got shape {tuple(W.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: wanted a number above 0 or None, got {softcap}")
+    check_softcap(softcap)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: wanted a number in [0, 1], got {label_smoothing}")
 
@@ -185,6 +186,13 @@ def _run_triton(x, dx, W, target, base, delta, bias, db, dW, U, V, softcap, igno
     launch(x, dx, W, target, base, delta, *changes)
 
 
+def _run_hybrid(x, dx, W, target, base, delta, bias, db, dW, U, V, softcap, ignore_index, label_smoothing):
+    check_targets(target, len(W), ignore_index)
+    changes = (_shifted(bias, softcap), db, dW, U, V, softcap, ignore_index, label_smoothing)
+    score_rows = row_kernel(x.device)
+    hybrid.linear_cross_entropy_delta(x, dx, W, target.contiguous(), base, delta, *changes, score_rows)
+
+
 def _shifted(bias: Tensor | None, softcap: float | None) -> Tensor | None:
     """The bias in float32. A shift is not felt but by a soft cap, and against the largest -1e9 for a masked word takes
     no digits from the others."""
@@ -212,7 +220,19 @@ def _code(y: Tensor | None) -> int:
     return 0 if y is None else CODES[y.dtype]
 
 
-_FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
+_FACES = {"cpp": _run_cpp, "triton": _run_triton, "hybrid": _run_hybrid, "reference": _run_reference}
+
+
+def _run(x, dx, W, target, base, delta, bias, db, dW, U, V, *options):
+    """On a GPU two faces are rivals, and the sizes choose between them."""
+    case = None
+    if x.device.type == "cuda":
+        form = "dense" if dW is not None else "low rank" if U is not None else "input"
+        sizes = {"T": len(x), "D": x.shape[1], "V": len(W), "Q": len(delta)}
+        case = measured.case_of(form, str(x.dtype).removeprefix("torch."), **sizes)
+    face = dispatch.choose("linear_cross_entropy_delta", x, case=case)
+    _FACES[face](x, dx, W, target, base, delta, bias, db, dW, U, V, *options)
+
 
 _CHANGES = (
     "Tensor? bias, Tensor? db, Tensor? dW, Tensor? U, Tensor? V, float? softcap, int ignore_index, "
@@ -227,7 +247,7 @@ _CHANGES = (
 )
 def _linear_cross_entropy_delta(x, dx, W, target, *changes):
     base, delta = _allocate(x, dx, W, target, *changes)
-    _FACES[dispatch.choose("linear_cross_entropy_delta", x)](x, dx, W, target, base, delta, *changes)
+    _run(x, dx, W, target, base, delta, *changes)
     return base, delta
 
 
@@ -238,4 +258,4 @@ def _linear_cross_entropy_delta(x, dx, W, target, *changes):
 )
 def _linear_cross_entropy_delta_out(x, dx, W, target, base, delta, *changes):
     _check_out(x, dx, W, target, base, delta, *changes)
-    _FACES[dispatch.choose("linear_cross_entropy_delta", x)](x, dx, W, target, base, delta, *changes)
+    _run(x, dx, W, target, base, delta, *changes)

@@ -25,15 +25,15 @@ def topk_merge(values: Tensor, indices: Tensor, scores: Tensor, start: int) -> t
         indices: (Q, K) int64, the samples of those scores.
         scores: (Q, S) the new block, of the dtype of `values`. Rows may lie any distance apart; columns that are not
             neighbours in memory are copied.
-        start: index of the block's first column, 0 or more.
+        start: index of the block's first column, 0 or more; start + S fits int64.
 
     Returns:
         values (Q, K) and indices (Q, K), new and contiguous.
 
     Raises:
         TypeError: a dtype not named above.
-        ValueError: shapes or devices do not fit, `start` is negative, or (CPU) the running list is not sorted or holds
-            NaN. On a GPU nothing waits to look, and such a list gives an unsorted one.
+        ValueError: shapes or devices do not fit, `start` is out of range, or (CPU) the running list is not sorted or
+            holds NaN. On a GPU nothing waits to look, and such a list gives an unsorted one.
     """
     return _topk_merge(values, indices, scores, start)
 
@@ -65,6 +65,9 @@ def _check(values: Tensor, indices: Tensor, scores: Tensor, start: int) -> None:
     check_same_device(scores=scores, values=values, indices=indices)
     if start < 0:
         raise ValueError(f"start: wanted 0 or more, got {start}")
+    most = torch.iinfo(torch.int64).max
+    if start > most - scores.shape[1]:
+        raise ValueError(f"start: wanted at most {most - scores.shape[1]}, for int64 to hold the index, got {start}")
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from finf_fast.reference.activation_delta import activation_delta
 from finf_fast.reference.attention_delta import attention_delta
 from finf_fast.reference.cross_entropy_delta import cross_entropy_delta
+from finf_fast.reference.decode_pixels import decode_pixels
 from finf_fast.reference.group_norm_delta import group_norm_delta
 from finf_fast.reference.layer_norm_delta import layer_norm_delta
 from finf_fast.reference.linear_cross_entropy_delta import linear_cross_entropy_delta
@@ -19,6 +20,7 @@ __all__ = [
     "activation_delta",
     "attention_delta",
     "cross_entropy_delta",
+    "decode_pixels",
     "group_norm_delta",
     "layer_norm_delta",
     "linear_cross_entropy_delta",
