@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from finf_fast import graphs
 from finf_fast.delta import DeltaEngine, NotCarried
+from finf_fast.dot import DotEngine
+from finf_fast.graphs import CudaRecorder, Graphed
 from finf_fast.loss import Loss, Result
+from finf_fast.lowrank import LowRank
 from finf_fast.pair import PairEngine
 from finf_fast.planning import SHARE, Probe, free_bytes, out_of_memory, probe
 from finf_fast.skeleton import Guard, WritesWeights
@@ -23,7 +27,7 @@ from finf_fast.update import Update
 
 __all__ = ["ENGINES", "Chosen", "choose_engine"]
 
-ENGINES = ("auto", "delta", "pair")
+ENGINES = ("auto", "delta", "pair", "dot")
 FEW = 8  # queries that are not worth a look at memory beforehand
 HALF = (torch.bfloat16, torch.float16)
 Engine = DeltaEngine | PairEngine
@@ -32,12 +36,12 @@ Engine = DeltaEngine | PairEngine
 class Carried:
     """The delta engine, with pairs behind it for a batch that it cannot carry."""
 
-    def __init__(self, delta: DeltaEngine, pair: Any):
+    def __init__(self, delta: DeltaEngine | Graphed, pair: Any):
         self._delta, self._make_pair = delta, pair
         self._pair: PairEngine | None = None
         self._by_pair: dict[str, int] = {}
         self.loss, self.device, self.dtype, self.score_dtype = delta.loss, delta.device, delta.dtype, delta.score_dtype
-        self.output, self.settings, self.rows = delta.output, delta.settings, delta.rows
+        self.output, self.settings, self.rows, self.columns = delta.output, delta.settings, delta.rows, delta.columns
 
     def score(self, batch: Any) -> Result:
         try:
@@ -81,7 +85,7 @@ def choose_engine(
     Args:
         dtype: of the forwards as asked for; None for the model's own (half precision in bfloat16 where the net is
             smooth and in float32 where it has kinks, whose masks bfloat16 flips).
-        engine: ``"delta"``, ``"pair"``, or ``"auto"``: delta wherever it applies.
+        engine: ``"delta"``, ``"pair"``, ``"dot"`` (first order), or ``"auto"``: delta wherever it applies.
         keep: bytes that the queries' changes may take in the engine.
         sample: a batch of one, on the device.
 
@@ -116,6 +120,8 @@ def _choose(
 
     if engine == "pair":
         return pair("as asked")
+    if engine == "dot":
+        return _first_order(model, updates, loss, device, dtype, own, sample)
     if engine == "auto" and (reason := _too_large(updates, keep)):
         return pair(reason)
     try:
@@ -124,10 +130,28 @@ def _choose(
         if engine == "delta" or out_of_memory(error) or isinstance(error, WritesWeights):
             raise
         return pair(f"cannot be carried ({_said(error)})")
+    reason += _cheaper(updates)
+    if graphs.wanted(device) and runner.rows == 1 + len(updates):  # chunks hand products on, by where they lie
+        runner, reason = Graphed(runner, CudaRecorder(device)), f"{reason}; CUDA graphs as asked (FINF_GRAPHS)"
     if engine == "auto":
         plain = torch.float64 if runner.dtype is torch.float64 else torch.float32
         runner = Carried(runner, lambda: PairEngine(model, updates, loss, device, plain, keep=keep))
     return Chosen(runner, found, reason)
+
+
+def _first_order(
+    model: nn.Module,
+    updates: Sequence[Update],
+    loss: Loss,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    own: torch.dtype,
+    sample: Any,
+) -> Chosen:
+    """The dot engine: half precision in bfloat16, whose range holds every gradient."""
+    wanted = dtype if dtype is not None else torch.bfloat16 if own in HALF else own
+    runner = DotEngine(model, updates, loss, device, wanted)
+    return Chosen(runner, probe(runner.output, sample), f"first order only, as asked, {_word(wanted)}")
 
 
 def _carried(
@@ -181,6 +205,16 @@ def _too_large(updates: Sequence[Update], keep: int) -> str:
     """Why the changes cannot be held at once beside the user's own, or nothing."""
     need = sum(update.nbytes for update in updates)
     return f"the updates' {need / 2**30:.3g} GiB leave no room for stacks" if need > keep else ""
+
+
+def _cheaper(updates: Sequence[Update]) -> str:
+    """A word on first order where it would take half the products or less: 3 forwards and the queries' factors, against
+    1 + Q forwards."""
+    matrices = [change for change in updates[0].params.values() if len(change.shape) > 1]
+    whole = sum(change.shape.numel() for change in matrices)
+    thin = sum(c.rank * (c.u.shape[0] + c.v.shape[0]) for c in matrices if isinstance(c, LowRank))
+    share = (3 + len(updates) * thin / max(1, whole)) / (1 + len(updates))
+    return f"; to first order engine='dot' would take {share:.0%} of the products" if share <= 0.5 else ""
 
 
 def _own(model: nn.Module) -> torch.dtype:

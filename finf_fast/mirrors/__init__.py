@@ -6,7 +6,7 @@ One method a file; a new one is a subclass of :class:`finf_fast.mirrors.base.Met
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,15 +18,20 @@ from finf_fast.lowrank import squared_norm
 from finf_fast.mirrors.adam import Adam
 from finf_fast.mirrors.base import Method, Step
 from finf_fast.mirrors.body import Body, require_finite, seed_all, stepping
+from finf_fast.mirrors.cg import ConjugateGradients
 from finf_fast.mirrors.choose import Filter, describe
+from finf_fast.mirrors.curvature import Factors
+from finf_fast.mirrors.diagonal import AdamWState, FisherDiagonal
+from finf_fast.mirrors.kfac import EKFAC, KFAC
 from finf_fast.mirrors.query import Query, read, title
 from finf_fast.mirrors.released import Released
 from finf_fast.mirrors.sgd import SGD
 from finf_fast.update import Update
 
-__all__ = ["METHODS", "mirror", "mirrors_of"]
+__all__ = ["METHODS", "Factors", "mirror", "mirrors_of"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SGD, Adam, Released)}
+KINDS = (SGD, Adam, Released, FisherDiagonal, KFAC, EKFAC, ConjugateGradients, AdamWState)
+METHODS: dict[str, type[Method]] = {method.name: method for method in KINDS}
 
 
 def mirror(
@@ -57,8 +62,10 @@ def mirror(
             Several rows are one query: the mean of their losses is stepped.
         loss: a name, a :class:`finf_fast.loss.Loss`, or ``(model, batch) -> (B,) losses``.
         method: ``"sgd"``, ``"adam"`` (fresh state), or ``"released"``, the authors' published protocol
-            (:class:`finf_fast.mirrors.released.Released`; its score is ``|delta|``).
-        lr: step size; by default 1e-2 for sgd, 5e-3 for adam and released.
+            (:class:`finf_fast.mirrors.released.Released`; its score is ``|delta|``); ``"kfac"``, ``"ekfac"``,
+            ``"fisher_diag"`` or ``"cg"`` with the ``factors`` of :func:`finf_fast.fit_factors`, or ``"adamw_state"``:
+            the gradient times an inverse curvature (:mod:`finf_fast.mirrors.preconditioned`).
+        lr: step size; by default 1e-2 for sgd, 5e-3 for adam and released; the last five find their own by ``size``.
         direction: ``"ascent"`` raises the query's loss, ``"descent"`` lowers it.
         steps: gradient steps, at least 1.
         params: which parameters move: a callable ``name -> bool``, or one or several ``fnmatch`` patterns; by default
@@ -69,7 +76,8 @@ def mirror(
         seed: start of the random draws of train mode and of released; None draws from torch's state as it is.
         device: where to compute; the device of the model's first parameter by default.
         options: of the method: ``weight_decay`` (sgd, adam), ``rank`` (sgd, 32 by default; None for dense changes),
-            ``betas`` and ``eps`` (adam), ``tries`` (released).
+            ``betas`` and ``eps`` (adam), ``tries`` (released); ``size`` and ``rank`` of the last five, ``factors`` and
+            ``damping`` of four of them, ``tolerance`` and ``iterations`` (cg), ``state`` and ``eps`` (adamw_state).
 
     Returns:
         :class:`Update` with changes in the dtype computed in, dense, but for the linear layers of a single sgd step,
@@ -139,7 +147,9 @@ class _Setup:
         self._model, self._params = model, params
         self._method = _method(method, lr, direction, steps, options)
         self._loss = losses.resolve(loss)
+        self._device = torch.device(device) if device is not None else next(model.parameters()).device
         self._method.accept(self._loss, params)
+        self._method = self._method.prepared(model, self._loss, self._device)
         self._mode = self._method.modes[0] if mode is None else mode
         if self._mode not in self._method.modes:
             wanted = " or ".join(map(repr, self._method.modes))
@@ -147,7 +157,6 @@ class _Setup:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"seed: wanted a whole number or None, got {seed!r}")
         self._seed = seed
-        self._device = torch.device(device) if device is not None else next(model.parameters()).device
 
     def run(
         self, queries: Iterable[tuple[Query, str]], on_done: Callable[[int, int], None] | None = None
@@ -156,31 +165,36 @@ class _Setup:
         queries, updates = list(queries), []
         with stepping(self._device):
             body = Body(self._model, self._loss, self._params, self._mode == "train", self._device)
-            for number, (query, name) in enumerate(queries):
-                seed = None if self._seed is None else self._seed + number
-                updates.append(self._update(body, query.on(body.device, body.dtype), name, seed))
+            there = [query.on(body.device, body.dtype) for query, _ in queries]
+            seeds = [None if self._seed is None else self._seed + number for number in range(len(queries))]
+            for query in there:
+                body.check(query)
+
+            def begin(number: int) -> None:
+                body.begin()
+                if seeds[number] is not None:
+                    seed_all(body.device, seeds[number])
+
+            for step in self._method.steps_in_turn(body, there, begin):
+                number = len(updates)
+                updates.append(self._update(body, step, there[number], queries[number][1], seeds[number]))
                 if on_done is not None:
                     on_done(number + 1, len(queries))
         return updates
 
-    def _update(self, body: Body, query: Query, name: str, seed: int | None) -> Update:
-        body.check(query)
-        body.begin()
-        if seed is not None:
-            seed_all(body.device, seed)
-        step = self._method.step(body, query)
+    def _update(self, body: Body, step: Step, query: Query, name: str, seed: int | None) -> Update:
         require_finite(step.params, "change", query.who)
         after = body.loss_after(step.params, step.query)
         record = {**self._record(body, query, step), "loss_after": after, "seed": seed}
         return Update(step.params, body.moved(), self._method.direction, name, record)
 
     def _record(self, body: Body, query: Query, step: Step) -> dict[str, Any]:
-        settings = asdict(self._method)
+        settings = self._method.settings()
         common = {key: settings.pop(key) for key in ("lr", "direction", "steps")}
         squares = sum(map(squared_norm, step.params.values()))
         return {
             "method": self._method.name,
-            **common,
+            **{key: value for key, value in common.items() if key not in step.notes},
             "mode": self._mode,
             "options": {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
             "params": describe(self._params),

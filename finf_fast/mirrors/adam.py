@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from finf_fast.mirrors.base import Method, Rule, require_number
+from finf_fast.mirrors.base import Rule, Walking, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam(Method):
+class Adam(Walking):
     """``torch.optim.Adam`` with its defaults but ``lr``, 5e-3 as in the method's own release.
 
     Kingma & Ba, "Adam", ICLR 2015, algorithm 1, bias-corrected.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from finf_fast.loss import Loss
 from finf_fast.lowrank import LowRank
@@ -47,7 +49,7 @@ class Method(ABC):
     """A way to make θ' from a query.
 
     Args:
-        lr: step size, positive.
+        lr: step size, positive; None where the method finds one for itself.
         direction: ``"ascent"`` raises the query's loss, ``"descent"`` lowers it.
         steps: how many, at least 1.
         weight_decay: L2 term added to the gradient, as in ``torch.optim``.
@@ -58,8 +60,9 @@ class Method(ABC):
 
     name: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = ("eval", "train")  # allowed ones, the default first
+    fits: ClassVar[str | None] = None  # kind of curvature factors that it wants
 
-    lr: float
+    lr: float | None
     direction: str = "ascent"
     steps: int = 1
     weight_decay: float = 0.0
@@ -69,22 +72,49 @@ class Method(ABC):
             raise ValueError(f"direction: wanted one of {', '.join(DIRECTIONS)}, got {self.direction!r}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps: wanted a whole number, at least 1, got {self.steps!r}")
-        require_number("lr", self.lr, above=0.0)
+        if self.lr is not None or type(self).lr is not None:
+            require_number("lr", self.lr, above=0.0)
         require_number("weight_decay", self.weight_decay)
 
     def accept(self, loss: Loss, params: Filter) -> None:  # noqa: B027 (most methods take any)
         """Raises ``ValueError`` for a loss or a choice of parameters that the method is not defined for."""
+
+    def prepared(self, model: nn.Module, loss: Loss, device: torch.device) -> Method:
+        """The method with what it needs of this model checked and at hand; before the first query."""
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """All of them, ready for JSON."""
+        return asdict(self)
+
+    @abstractmethod
+    def step(self, body: Body, query: Query) -> Step:
+        """The change that one query makes; the body has just begun."""
+
+    def steps_in_turn(self, body: Body, queries: Sequence[Query], begin: Callable[[int], None]) -> Iterator[Step]:
+        """The change of every query, each as :meth:`step` has it; the body may be used between two of them.
+
+        Args:
+            begin: to be told the number of a query before the body is asked about it.
+        """
+        for number, query in enumerate(queries):
+            begin(number)
+            yield self.step(body, query)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walking(Method):
+    """A method that is an optimizer: ``steps`` steps from θ, each by its rule."""
 
     @abstractmethod
     def rule(self) -> Rule:
         """A fresh optimizer run."""
 
     def step(self, body: Body, query: Query) -> Step:
-        """Walks ``steps`` steps from θ; the body has just begun."""
         return walk(body, query, self)
 
 
-def walk(body: Body, query: Query, method: Method, first: Tensor | None = None) -> Step:
+def walk(body: Body, query: Query, method: Walking, first: Tensor | None = None) -> Step:
     """Δ after the method's steps.
 
     Args:

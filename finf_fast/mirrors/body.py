@@ -6,7 +6,7 @@ The user's model is read and never written, so there is nothing to put back afte
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from finf_fast.loss import Loss, mapped
 from finf_fast.lowrank import LowRank, compress_kernel, dense, kernel_pays, parts
 from finf_fast.mirrors.choose import Filter, choose
-from finf_fast.mirrors.factors import Capture
-from finf_fast.mirrors.query import Query
+from finf_fast.mirrors.factors import Capture, Gradient
+from finf_fast.mirrors.query import Query, leaves
+from finf_fast.mirrors.watch import Use, Watch
+from finf_fast.order import InOrder, Mixed
 from finf_fast.records import BadSample, NonFiniteLoss
 from finf_fast.skeleton import Skeleton, vocabulary
 
@@ -67,14 +69,18 @@ class Body:
         self._skeleton.put(self._leaves)
 
     def loss(self, query: Query) -> Tensor:
-        """Mean of the rows' losses, () with its graph.
+        """Mean of the rows' :meth:`losses`, () with its graph."""
+        return self.losses(query).mean()
+
+    def losses(self, query: Query) -> Tensor:
+        """(B,) losses of the rows with their graph.
 
         Raises:
             NonFiniteLoss: a row's loss is NaN or infinite.
             ValueError: batch norm in train mode saw one value a channel, or a token id is outside its embedding.
         """
         with _explained(query.who):
-            losses = self._loss.per_sample(self._skeleton.module, mapped(torch.clone, query.batch))
+            losses = self._loss.precise(self._skeleton.module, mapped(torch.clone, query.batch))
         finite = torch.isfinite(losses)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0, 0])
@@ -82,7 +88,7 @@ class Body:
                 f"{query.who}: wanted a finite loss, got {losses[row].item()} at row {row} "
                 "(NaN also where every target of the row is ignored)"
             )
-        return losses.mean()
+        return losses
 
     def gradients(self, loss: Tensor, who: str) -> dict[str, Tensor]:
         """Name -> dense gradient of ``loss`` at the weights now in place; parameters it does not feel are left out.
@@ -118,20 +124,59 @@ class Body:
         Raises:
             As :meth:`loss` and :meth:`gradients`.
         """
-        with Capture(self._leaves) as capture:
-            loss = self.loss(query)
-            caught = capture.gradients(loss)
-        self._require_some(caught, query.who)
+        loss, caught = self.caught(query)
         gradients: dict[str, Tensor | LowRank] = {}
         shares: dict[str, float] = {}
         for name in list(caught):
             pieces = caught.pop(name)  # let go of as it is used: together they are as large as the activations
-            for tensor in pieces.tensors:
-                require_finite({name: tensor}, "gradient", query.who)
             gradients[name], shares[name] = pieces.whole(rank)
             if name in self._kernels and kernel_pays(gradients[name].shape, rank):
                 gradients[name], shares[name] = compress_kernel(gradients[name], rank)
-        return loss.item(), gradients, shares
+        return loss, gradients, shares
+
+    def caught(self, query: Query) -> tuple[float, dict[str, Gradient]]:
+        """The loss of a query, and of every parameter that it depends on the gradient, in the pieces it comes in.
+
+        Raises:
+            As :meth:`loss` and :meth:`gradients`.
+        """
+        with Capture(self._leaves) as capture:
+            loss = self.loss(query)
+            caught = capture.gradients(loss)
+        self._require_some(caught, query.who)
+        for name, pieces in caught.items():
+            for tensor in pieces.tensors:
+                require_finite({name: tensor}, "gradient", query.who)
+        return loss.item(), caught
+
+    def watched(self, query: Query, rows: int, names: Sequence[str]) -> tuple[Tensor, list[Use], list[Tensor | None]]:
+        """Of several queries with ``rows`` rows each: losses, uses of their layers, gradient of each use's output.
+
+        Args:
+            names: of the parameters to watch.
+
+        Returns:
+            (B,) losses without their graph; of each row the gradients are those of its own query's mean loss.
+
+        Raises:
+            Mixed: a call may move samples, or one of the parameters is used in a way that is not watched.
+            NonFiniteLoss: as :meth:`losses`.
+        """
+        own = {slot.tensor.untyped_storage().data_ptr() for slot in self._skeleton.slots.values()}
+        length = max((tensor.shape[1] for tensor in leaves(query.batch) if tensor.dim() > 1), default=0)
+        watch = Watch(self._skeleton, list(names), query.rows, length)
+        try:
+            with watch, InOrder(query.rows, own):
+                losses = self.losses(query)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if watch.given:
+                raise Mixed(f"{watch.given}, whose rows all samples share ({error})") from error
+            raise
+        total = losses.sum() / rows
+        gradients = watch.gradients(total, {name: self._leaves[name] for name in names})
+        return losses.detach(), watch.uses, gradients
 
     def _require_some(self, gradients: Mapping[str, object], who: str) -> None:
         if not gradients:

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from finf_fast import ops
+from finf_fast.calls import by_place, ordinary, plain, takes
 from finf_fast.lowrank import LowRank, compress, compress_rows
 
 
@@ -67,6 +68,24 @@ class Gradient:
         if not u:  # an embedding that was asked for nothing
             return LowRank(values.new_zeros(self.shape[0], 0), values.T), 0.0
         return compress(torch.cat(u, 1), torch.cat(v, 1), rank)
+
+    def total(self) -> Tensor:
+        """The gradient, dense."""
+        return self._dense(*self._merged()) if self.pairs or self.rows else self.rest
+
+    def dot(self, change: Tensor | LowRank) -> float:
+        """Σ gradient ∘ change, added up in float64; of factors nothing dense is formed."""
+        low = isinstance(change, LowRank)
+        found = 0.0
+        if self.rest is not None:
+            found += (self.rest.double() * (change.dense() if low else change).double()).sum().item()
+        for u, v in self.pairs:
+            through = (change.u.T @ u).double() * (change.v.T @ v).double() if low else (change @ v * u).double()
+            found += through.sum().item()
+        for ids, values in self.rows:
+            across = change.u[ids] @ change.v.T if low else change[ids]
+            found += (values * across).double().sum().item()
+        return found
 
     def _merged(self) -> tuple[Tensor, Tensor]:
         """Distinct ids, and for each the sum of its rows, always added in the same order."""
@@ -129,7 +148,9 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         catch = _MAPS.get(func)
-        found = catch(self, *args, **kwargs) if catch is not None and _ordinary() else None
+        args, kwargs = by_place(func, args, kwargs) if catch is not None and kwargs else (args, kwargs)
+        caught = catch is not None and ordinary() and takes(catch, (self, *args), kwargs)
+        found = catch(self, *args, **kwargs) if caught else None
         return func(*args, **kwargs) if found is None else found
 
     def gradients(self, loss: Tensor) -> dict[str, Gradient]:
@@ -173,7 +194,7 @@ class Capture(TorchFunctionMode):
 
 def _linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     name = capture.name_of(weight)
-    if name is None or not _plain(input):
+    if name is None or not plain(input):
         return None
     x = input.reshape(-1, input.shape[-1])
     out = capture.passed(name, x, F.linear(x, weight.detach(), bias), lambda to, x, g: to.pairs.append((g.T, x.T)))
@@ -182,7 +203,7 @@ def _linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None
 
 def _addmm(capture: Capture, bias: Tensor, input: Tensor, weight: Any = None, **scales: Any) -> Tensor | None:
     name = capture.name_of(weight)
-    if name is None or scales or not _plain(input):
+    if name is None or scales or not plain(input):
         return None
     out = torch.addmm(bias, input, weight.detach())
     return capture.passed(name, input, out, lambda to, x, g: to.pairs.append((x.T, g.T)))
@@ -199,7 +220,7 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor | None:
     name = capture.name_of(weight)
-    if name is None or scale_grad_by_freq or not _plain(input):
+    if name is None or scale_grad_by_freq or not plain(input):
         return None
     out = F.embedding(input, weight.detach(), padding_idx, max_norm, norm_type)
 
@@ -212,25 +233,6 @@ def _embedding(
 
 
 _MAPS: dict[Callable, Callable] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
-
-
-def _ordinary() -> bool:
-    """Whether this call is one of a forward that autograd records as usual.
-
-    Not under ``no_grad``, in a transform of ``torch.func``, under ``torch.compile``, or where saved tensors pass
-    through hooks: a checkpointed layer runs again in the backward pass, out of the mode's sight, and must do the same.
-    """
-    return (
-        torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-    )
-
-
-def _plain(input: Any) -> bool:
-    """No tensor subclass, which has rules of its own."""
-    return type(input) in (Tensor, torch.nn.Parameter)
 
 
 def _require_unwritten(use: _Use) -> None:

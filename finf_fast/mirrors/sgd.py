@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from finf_fast.lowrank import LowRank, require_rank
-from finf_fast.mirrors.base import Method, Rule, Step, walk
+from finf_fast.mirrors.base import Rule, Step, Walking, walk
 from finf_fast.mirrors.body import Body
 from finf_fast.mirrors.query import Query
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Method):
+class SGD(Walking):
     """``torch.optim.SGD`` without momentum; ``lr`` 1e-2 by default.
 
     The change of a linear layer or an embedding, on a query of T tokens a matrix of rank T at most, is kept as

@@ -7,6 +7,7 @@ import fcntl
 import io
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,36 @@ class RowFile:
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
+
+
+def write_new(
+    path: str | os.PathLike[str], shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[tuple[int, np.ndarray]]
+) -> np.ndarray:
+    """Writes (first row, rows) one after the other to a new ``.npy`` file, whole or not at all, and maps it read-only.
+
+    Raises:
+        ValueError: something is there already; it could be what the blocks are read from.
+        OSError: the file cannot be written, or the disk is too full for all of it.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"out: wanted a new file, got {path}, which is there already")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        _write_rows(temporary, shape, dtype, blocks)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return np.load(path, mmap_mode="r")
+
+
+def _write_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[tuple[int, np.ndarray]]) -> None:
+    file = RowFile.create(path, shape, dtype)
+    try:
+        for row, block in blocks:
+            file.write(row, block.astype(dtype))
+        file.sync()
+    finally:
+        file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from finf_fast.scores import manifest as manifests
 COPY_BYTES = 1 << 24
 
 WHOLE_RUN = ("identity", "dtype", "directions", "names")
-WHOLE_SHAPE = ("queries", "corpus_samples", "tokens")
+WHOLE_SHAPE = ("queries", "background", "corpus_samples", "tokens")
 
 
 class Target(Protocol):
@@ -65,7 +66,7 @@ def check_contiguous(shapes: list[dict[str, Any]], where: list[str]) -> None:
             )
 
 
-def copy(parts: list[dict[str, np.ndarray]], target: Target) -> None:
+def copy(parts: Iterable[dict[str, np.ndarray]], target: Target) -> None:
     """Writes the rows of all parts one after the other, a few MiB at a time."""
     row = 0
     for arrays in parts:

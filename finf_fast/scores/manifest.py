@@ -1,8 +1,9 @@
 """The manifest: one JSON file that says what a result folder holds, and refuses to let it be taken for another.
 
 Keys: ``format``, ``version``, ``identity`` (versions, fingerprints, settings: given by the line, compared key by
-key), ``plan``, ``shape`` (samples, queries, start, stop, corpus_samples, tokens), ``dtype``, ``directions``,
-``names``, ``created``, ``ready`` (false while the arrays are being made) and ``record`` (how the run went).
+key), ``plan``, ``shape`` (samples, queries and how many of them are background, start, stop, corpus_samples, tokens),
+``dtype``, ``directions``, ``names``, ``created``, ``ready`` (false while the arrays are being made) and ``record`` (how
+the run went).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from finf_fast.scores.files import replace_text
 
 NAME = "manifest.json"
 FORMAT = "finf_fast.scores"
-VERSION = 1
+VERSION = 2
 DIRECTIONS = ("ascent", "descent")
 ARRAYS = ("base", "delta", "token_base", "token_delta")
 
 # The plan is not compared: a resumed run takes the folder's own. Its range is, through "shape".
 COMPARED = ("format", "version", "identity", "shape", "dtype", "directions", "names")
 KEYS = (*COMPARED, "plan", "created", "ready", "record")
-SHAPE_KEYS = ("samples", "queries", "start", "stop", "corpus_samples", "tokens")
+SHAPE_KEYS = ("samples", "queries", "background", "start", "stop", "corpus_samples", "tokens")
 
 
 def make(
@@ -40,9 +41,10 @@ def make(
     directions: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
     corpus_samples: int | None = None,
+    background: int = 0,
 ) -> dict[str, Any]:
     """A manifest for a run that has not begun. Every argument is checked; see ``open_store`` for their meaning."""
-    check_counts(plan, queries, tokens, corpus_samples)
+    check_counts(plan, queries, tokens, corpus_samples, background)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -51,6 +53,7 @@ def make(
         "shape": {
             "samples": plan.samples,
             "queries": queries,
+            "background": background,
             "start": plan.start,
             "stop": plan.stop,
             "corpus_samples": plan.stop if corpus_samples is None else corpus_samples,
@@ -65,9 +68,11 @@ def make(
     }
 
 
-def check_counts(plan: Plan, queries: int, tokens: int | None, corpus_samples: int | None) -> None:
+def check_counts(plan: Plan, queries: int, tokens: int | None, corpus_samples: int | None, background: int = 0) -> None:
     if queries < 1:
         raise ValueError(f"queries: wanted at least 1, got {queries}")
+    if not 0 <= background < queries:
+        raise ValueError(f"background: wanted 0 to {queries - 1} of {queries} queries, got {background}")
     if plan.start < 0 or plan.samples < 1 or plan.block < 1:
         raise ValueError(f"plan: wanted 0 <= start < stop and block >= 1, got {plan}")
     if tokens is not None and tokens < 1:
@@ -136,7 +141,7 @@ def check_consistent(path: Path, manifest: dict[str, Any]) -> None:
         if missing:
             raise ValueError(f"without {', '.join(missing)}")
         plan, shape = plan_of(manifest), manifest["shape"]
-        check_counts(plan, shape["queries"], shape["tokens"], shape["corpus_samples"])
+        check_counts(plan, shape["queries"], shape["tokens"], shape["corpus_samples"], shape["background"])
         if (plan.start, plan.stop, plan.samples) != (shape["start"], shape["stop"], shape["samples"]):
             raise ValueError(f"plan {plan} and shape {shape} disagree")
         check_dtype(manifest["dtype"])

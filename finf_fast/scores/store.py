@@ -35,6 +35,7 @@ def open_store(
     directions: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
     corpus_samples: int | None = None,
+    background: int = 0,
     resume: bool = True,
 ) -> Store:
     """Opens the place where a sweep puts its scores, and checks before any work that it can go there.
@@ -44,12 +45,13 @@ def open_store(
         identity: what the scores depend on (versions, fingerprints, settings), nested dicts of JSON values. A folder
             is resumed only if every key is equal.
         plan: how to cut the work. A resumed folder keeps its own: read ``store.plan``.
-        queries: Q.
+        queries: Q, background included.
         dtype: of the scores, float32 or float64.
         tokens: T, the longest sample in tokens, to keep scores per token as well.
         directions: "ascent" or "descent" for each query; ascent if not given.
         names: a different name for each query; "q0", "q1", … if not given.
         corpus_samples: samples in the whole corpus, of which the plan may be a shard; the plan's stop if not given.
+        background: how many of the queries, the last ones, are there for comparison only.
         resume: False refuses a folder that already holds scores.
 
     Raises:
@@ -67,6 +69,7 @@ def open_store(
         directions=directions,
         names=names,
         corpus_samples=corpus_samples,
+        background=background,
     )
     if out is None:
         return Store(Memory(wanted))
