@@ -3,6 +3,8 @@
 # make prove   the long proofs: every instruction set, sanitizers, Triton's kernels, packaging, interrupted runs
 # make sanitize  the tests of the operations on an extension built with ASan and UBSan
 # make bench   the measurements behind README, into bench/results/
+# make fidelity      what the scores are worth, against retraining and on planted leaks
+# make bench-peers   the same with other libraries in the table, from an environment of their own
 # make lint    style of Python and C++
 #
 # TORCH=torch==2.11.0 chooses another torch; one that is installed already is reused. PYTHON=python3.12 another Python.
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test prove sanitize bench lint format clean
+.PHONY: demo test prove sanitize bench fidelity bench-peers lint format clean
 
 # With a torch in the Python at hand the environment looks through to it instead of downloading another.
 $(BIN)/python:
@@ -59,7 +61,7 @@ sanitize: $(VENV)/.installed
 	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
 	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider -k 'not instruction_set' $(addprefix $(CURDIR)/,$(OP_TESTS))
 
-OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta \
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta io \
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
   topk_merge))
 
@@ -75,15 +77,30 @@ TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attenti
 bench: $(VENV)/.installed
 	for script in bench/bench_*.py; do $(BIN)/python $$script --save || exit 1; done
 
+fidelity: $(VENV)/.installed
+	$(BIN)/python bench/bench_fidelity.py --save
+
+PEERS := $(VENV)-peers
+$(PEERS)/.installed: bench/fidelity/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)" -r $<
+	@touch $@
+
+# The peers judge the models that the bench has written down; the bench then reads what they say.
+bench-peers: $(VENV)/.installed $(PEERS)/.installed
+	$(BIN)/python bench/bench_fidelity.py --tasks retraining --problems
+	for peer in bench/fidelity/peers/*.py; do $(PEERS)/bin/python $$peer runs/fidelity || exit 1; done
+	$(BIN)/python bench/bench_fidelity.py --tasks retraining --save
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info finf_fast/*.so

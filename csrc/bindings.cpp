@@ -244,9 +244,9 @@ void attention_delta(int dtype, uintptr_t q, const Strides& q_strides, bool q_mo
 }
 
 // What a delivery of rows of a file is told; see io/deliver.h.
-finf::FileRows file_rows(int descriptor, uintptr_t map, uintptr_t starts, int64_t first, int64_t step,
+finf::FileRows file_rows(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
                          uintptr_t lengths, int64_t R, int64_t length, int64_t threads) {
-    return {{descriptor, memory<uint8_t>(map)},
+    return {{descriptor, memory<uint8_t>(map), memory<finf::Spoilt>(spoilt)},
             memory<int64_t>(starts),
             first,
             step,
@@ -258,29 +258,29 @@ finf::FileRows file_rows(int descriptor, uintptr_t map, uintptr_t starts, int64_
 
 using Trouble = std::pair<int, int64_t>;
 
-Trouble deliver_integers(int descriptor, uintptr_t map, uintptr_t starts, int64_t first, int64_t step,
+Trouble deliver_integers(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
                          uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int stored, int64_t fill,
                          uintptr_t out) {
     finf::require(stored >= 0 && stored <= 6, "stored", "a code from 0 to 6", stored);
     const auto done =
-        finf::deliver_integers(file_rows(descriptor, map, starts, first, step, lengths, R, length, threads),
+        finf::deliver_integers(file_rows(descriptor, map, spoilt, starts, first, step, lengths, R, length, threads),
                                static_cast<finf::Stored>(stored), fill, memory<int64_t>(out));
     return {done.error, done.byte};
 }
 
-Trouble deliver_raw(int descriptor, uintptr_t map, uintptr_t starts, int64_t first, int64_t step, int64_t R,
-                    int64_t length, int64_t threads, int64_t item, uintptr_t out) {
-    const auto done = finf::deliver_raw(file_rows(descriptor, map, starts, first, step, 0, R, length, threads), item,
-                                        memory<uint8_t>(out));
+Trouble deliver_raw(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
+                    int64_t R, int64_t length, int64_t threads, int64_t item, uintptr_t out) {
+    const auto done = finf::deliver_raw(file_rows(descriptor, map, spoilt, starts, first, step, 0, R, length, threads),
+                                        item, memory<uint8_t>(out));
     return {done.error, done.byte};
 }
 
-Trouble deliver_pixels(int descriptor, uintptr_t map, uintptr_t starts, int64_t first, int64_t step, int64_t R,
-                       int64_t length, int64_t threads, uintptr_t tables, int64_t word, int64_t C, int64_t run,
-                       uintptr_t mean, uintptr_t std, uintptr_t out) {
+Trouble deliver_pixels(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
+                       int64_t R, int64_t length, int64_t threads, uintptr_t tables, int64_t word, int64_t C,
+                       int64_t run, uintptr_t mean, uintptr_t std, uintptr_t out) {
     const finf::Pixels pixels = {memory<void>(tables), word, C, run, memory<float>(mean), memory<float>(std)};
-    const auto done = finf::deliver_pixels(file_rows(descriptor, map, starts, first, step, 0, R, length, threads),
-                                           pixels, memory<void>(out));
+    const auto done = finf::deliver_pixels(
+        file_rows(descriptor, map, spoilt, starts, first, step, 0, R, length, threads), pixels, memory<void>(out));
     return {done.error, done.byte};
 }
 
@@ -365,17 +365,18 @@ PYBIND11_MODULE(_C, module) {
                "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a, "threads"_a,
                "values, indices (Q,K) updated in place with scores (Q,S). dtype: 0 float32, 2 float64.");
     module.def(
-        "deliver_integers", deliver_integers, unlocked, "descriptor"_a, "map"_a, "starts"_a, "first"_a, "step"_a,
-        "lengths"_a, "R"_a, "length"_a, "threads"_a, "stored"_a, "fill"_a, "out"_a,
+        "deliver_integers", deliver_integers, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
+        "step"_a, "lengths"_a, "R"_a, "length"_a, "threads"_a, "stored"_a, "fill"_a, "out"_a,
         "Rows of a file, from bytes starts (R) int64, or first + r step where it is 0, each of lengths (R) int64 "
-        "or `length` items -> out (R,length) int64. map: address of the whole file's mapping, or 0. stored: 0 "
-        "uint8, 1 int8, 2 uint16, 3 int16, 4 uint32, 5 int32, 6 int64. Returns (errno, byte): 0 when all is "
-        "well, -1 where the file ends too early.");
-    module.def("deliver_raw", deliver_raw, unlocked, "descriptor"_a, "map"_a, "starts"_a, "first"_a, "step"_a, "R"_a,
-               "length"_a, "threads"_a, "item"_a, "out"_a,
+        "or `length` items -> out (R,length) int64. map: address of the whole file's mapping, or 0; spoilt: of its "
+        "int32, set when it holds pages that are not the file's. stored: 0 uint8, 1 int8, 2 uint16, 3 int16, 4 "
+        "uint32, 5 int32, 6 int64. Returns (errno, byte): 0 when all is well, -1 where the file ends too early.");
+    module.def("deliver_raw", deliver_raw, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
+               "step"_a, "R"_a, "length"_a, "threads"_a, "item"_a, "out"_a,
                "The same, items of `item` bytes as they are stored -> out (R,length) items.");
-    module.def("deliver_pixels", deliver_pixels, unlocked, "descriptor"_a, "map"_a, "starts"_a, "first"_a, "step"_a,
-               "R"_a, "length"_a, "threads"_a, "tables"_a, "word"_a, "C"_a, "run"_a, "mean"_a, "std"_a, "out"_a,
+    module.def("deliver_pixels", deliver_pixels, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
+               "step"_a, "R"_a, "length"_a, "threads"_a, "tables"_a, "word"_a, "C"_a, "run"_a, "mean"_a, "std"_a,
+               "out"_a,
                "The same of bytes, replaced by words of 2 or 4 bytes: tables (C,256), each for `run` bytes of a row in "
                "turn -> out (R,length) words. mean, std (C) float32, or 0: the tables are (x / 255 - mean) / std.");
     module.def("read_at", read_at, unlocked, "descriptor"_a, "to"_a, "first"_a, "bytes"_a,

@@ -10,8 +10,9 @@ __version__ = "0.1.0"
 from finf_fast import loss, ops
 from finf_fast.corpus import Corpus, open_corpus
 from finf_fast.delta import NotCarried
+from finf_fast.fitting import fit_factors
 from finf_fast.lowrank import LowRank
-from finf_fast.mirrors import mirror
+from finf_fast.mirrors import Factors, mirror
 from finf_fast.pipeline import forward_inf, sweep
 from finf_fast.records import BadSample, DamagedFile, ManifestMismatch, NonFiniteLoss, TopK
 from finf_fast.scores import Scores
@@ -21,6 +22,7 @@ __all__ = [
     "BadSample",
     "Corpus",
     "DamagedFile",
+    "Factors",
     "LowRank",
     "ManifestMismatch",
     "NonFiniteLoss",
@@ -28,6 +30,7 @@ __all__ = [
     "Scores",
     "TopK",
     "Update",
+    "fit_factors",
     "forward_inf",
     "loss",
     "mirror",

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import finf_fast as ff
 from finf_fast.ops import dispatch
+from finf_fast.scores.comparing import check_kind
 
 app = typer.Typer(help=ff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -30,48 +31,66 @@ def audit(
             help="file.py:function or package.module:function that returns the model, or a Hugging Face folder"
         ),
     ],
-    corpus: Annotated[Path, typer.Argument(help="training data: .npy, IDX or token file")],
+    corpus: Annotated[str, typer.Argument(help="training data: a file, a folder or a pattern of files")],
     queries: Annotated[Path, typer.Argument(help="queries, in a format the corpus may have")],
     labels: Annotated[Path | None, typer.Option(help="labels of the corpus")] = None,
     query_labels: Annotated[Path | None, typer.Option(help="labels of the queries")] = None,
     rows: Annotated[str, typer.Option(help="which queries, as 0,3,7; all by default")] = "",
     loss: Annotated[str, typer.Option(help="cross_entropy, causal_lm, squared_error, ...")] = "cross_entropy",
-    method: Annotated[str, typer.Option(help="mirror step: sgd, adam, released")] = "sgd",
+    method: Annotated[str, typer.Option(help="mirror step: sgd, adam, released, kfac, ekfac, fisher_diag, cg")] = "sgd",
     lr: Annotated[float | None, typer.Option(help="size of the step; the method's own by default")] = None,
     direction: Annotated[str, typer.Option(help="ascent or descent")] = "ascent",
     steps: Annotated[int, typer.Option(min=1)] = 1,
     window: Annotated[int | None, typer.Option(help="tokens a sample, for token files")] = None,
     stride: Annotated[int | None, typer.Option(help="tokens between samples; the window by default")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="tokens of a text, at most")] = None,
+    sample: Annotated[str | None, typer.Option(help="document or sequence, of Megatron's files")] = None,
+    columns: Annotated[str, typer.Option(help="of a saved dataset, as input_ids,labels; all by default")] = "",
+    mean: Annotated[str, typer.Option(help="of pixels over 255, a channel each, as 0.49,0.48,0.45")] = "",
+    std: Annotated[str, typer.Option(help="of pixels over 255, a channel each")] = "",
+    layout: Annotated[str | None, typer.Option(help="of images: NHWC or NCHW")] = None,
+    io: Annotated[str, typer.Option(help="how files are read: auto, map or read")] = "auto",
     out: Annotated[Path | None, typer.Option(help="result folder; an interrupted audit resumes from it")] = None,
     report: Annotated[Path | None, typer.Option(help="write an HTML page")] = None,
     top: Annotated[int, typer.Option(min=1, help="samples shown a query")] = 5,
     tail: Annotated[str, typer.Option(help="helpful, harmful or both")] = "helpful",
+    normalized: Annotated[
+        str | None, typer.Option(help="order by rms, zscore, ratio or absolute; raw influence by default")
+    ] = None,
+    background: Annotated[int, typer.Option(min=0, help="training samples asked beside few queries")] = 0,
     device: Annotated[str | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    engine: Annotated[str, typer.Option(help="auto, delta (carry the change) or pair (subtract)")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto, delta (carry the change), pair (subtract) or dot (first order)")
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float64; the model's own by default")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: score the i-th of n slices, counted from 0")] = None,
 ) -> None:
     """Score every training sample for every query and show the strongest."""
     if tail not in ("helpful", "harmful", "both"):
         raise ValueError(f"tail: wanted helpful, harmful or both, got {tail!r}")
-    given = {"window": window, "stride": stride}
+    given = {"window": window, "stride": stride, "max_length": max_length, "sample": sample, "layout": layout}
+    given |= {"columns": columns.split(",") if columns else None, "mean": _numbers("mean", mean)}
+    given |= {"std": _numbers("std", std)}
     options = {key: value for key, value in given.items() if value is not None}
-    data = ff.open_corpus(corpus, labels=labels, **options)
+    data = ff.open_corpus(corpus, labels=labels, io=io, **options)
     asked = ff.open_corpus(queries, labels=query_labels, **options)
     groups = [[int(row)] for row in rows.split(",")] if rows else None
+    _check_normalized(normalized, len(groups or asked) + background)
     step = {"loss": loss, "method": method, "lr": lr, "direction": direction, "steps": steps}
     where = {"device": device, "batch_size": batch_size, "out": out, "shard": _shard(shard)}
     where |= {"engine": engine, "dtype": None if dtype is None else _dtype(dtype)}
     batch = asked.read(0, len(asked))
+    step |= {"background": background}
     scores = ff.forward_inf(_model(model, loss), data, batch, groups=groups, **step, **where)
-    console.print(_strongest(scores, top, tail))
+    console.print(_strongest(scores, top, tail, normalized))
     console.print(f"{len(scores)} samples, {len(scores.names)} queries; {scores.plan}")
     if report is not None:
         from finf_fast.report import html_report
 
         picked = range(len(asked)) if groups is None else [group[0] for group in groups]
-        page = html_report(report, scores, data, [asked[i] for i in picked], title=f"Audit of {corpus.name}", k=top)
+        title = f"Audit of {Path(corpus).name}"
+        page = html_report(report, scores, data, [asked[i] for i in picked], title=title, k=top)
         console.print(f"page: {page}", soft_wrap=True)
 
 
@@ -178,6 +197,13 @@ def _dtype(word: str) -> torch.dtype:
     return found[word]
 
 
+def _numbers(name: str, text: str) -> list[float] | None:
+    try:
+        return [float(word) for word in text.split(",")] if text else None
+    except ValueError:
+        raise ValueError(f"{name}: wanted numbers with commas between, got {text!r}") from None
+
+
 def _shard(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -188,11 +214,19 @@ def _shard(text: str | None) -> tuple[int, int] | None:
         raise ValueError(f"shard: wanted i/n, got {text!r}") from None
 
 
-def _strongest(scores: Any, k: int, tail: str) -> Table:
-    table = Table("query", "rank", "sample", "influence", "base loss")
+def _check_normalized(kind: str | None, queries: int) -> None:
+    """Before the sweep: an hour of work should not end in a word that was wrong from the start."""
+    if kind == "relatif":
+        raise ValueError("normalized: 'relatif' wants self_influence; call Scores.top(..., normalized='relatif')")
+    if kind is not None:
+        check_kind(kind, queries)
+
+
+def _strongest(scores: Any, k: int, tail: str, normalized: str | None) -> Table:
+    table = Table("query", "rank", "sample", f"influence, {normalized}" if normalized else "influence", "base loss")
     first = int(scores.indices[0])
-    for q, name in enumerate(scores.names):
-        for rank, (index, influence) in enumerate(zip(*scores.top(q, k, tail), strict=True), 1):
+    for name, found in zip(scores.names, scores.tops(k, tail, normalized=normalized), strict=True):
+        for rank, (index, influence) in enumerate(zip(*found, strict=True), 1):
             base = scores.base[int(index) - first]
             table.add_row(
                 name if rank == 1 else "", str(rank), str(int(index)), f"{float(influence):+.4g}", f"{base:.4g}"

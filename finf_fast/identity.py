@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,12 @@ def names_of(updates: Sequence[Update]) -> list[str]:
     """A different name for every query: its own, or its number; a repeated name has its number added."""
     names = [update.name or f"query {q}" for q, update in enumerate(updates)]
     return [name if names.count(name) == 1 else f"{name} ({q})" for q, name in enumerate(names)]
+
+
+def shared_record(updates: Sequence[Update]) -> dict[str, Any]:
+    """What the records of all updates agree on: how the mirror steps were made."""
+    first, *others = [json.loads(json.dumps(dict(update.record), default=str)) for update in updates]
+    return {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
 
 
 @contextlib.contextmanager

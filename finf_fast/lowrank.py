@@ -169,6 +169,22 @@ def compress_kernel(kernel: Tensor, rank: int) -> tuple[LowRank, float]:
     return factors, _share(squares.sqrt(), rank)
 
 
+def compress_whole(change: Tensor, rank: int) -> tuple[Tensor | LowRank, float]:
+    """As :func:`compress`, of a dense change of any shape; it comes back as it is where factors would not pay."""
+    if change.dim() < 2 or not pays(change.shape, rank):
+        return change, 0.0
+    matrix = change.flatten(1)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    low, share = compress_kernel(matrix if wide else matrix.T, rank)
+    u, v = (low.u, low.v) if wide else (low.v, low.u)
+    return LowRank(u, v, tuple(change.shape[1:]) if change.dim() > 2 else ()), share
+
+
+def pays(shape: torch.Size, rank: int) -> bool:
+    """Whether factors of this rank cost less in a forward than the whole."""
+    return kernel_pays(shape, rank) if len(shape) > 2 else 2 * rank < min(shape)
+
+
 def kernel_pays(shape: torch.Size, rank: int) -> bool:
     """Whether r filters and their mixing cost at most two thirds of the kernel: two more passes come with them."""
     rows, cols = shape[0], math.prod(shape[1:])

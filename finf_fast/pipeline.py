@@ -7,26 +7,30 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from finf_fast import identity
 from finf_fast import loss as losses
-from finf_fast.corpus import Corpus, open_corpus
+from finf_fast.corpus import Corpus, evenly, open_corpus
 from finf_fast.engines import ENGINES, choose_engine
 from finf_fast.loss import Loss
-from finf_fast.mirrors import mirrors_of
-from finf_fast.planning import free_bytes, make_plan
+from finf_fast.planning import Probe, free_bytes, make_plan
 from finf_fast.progress import Progress
 from finf_fast.ragged import width
 from finf_fast.scores import Scores, open_store
 from finf_fast.scoring import Scorer
 from finf_fast.skeleton import vocabulary
-from finf_fast.staging import stage
-from finf_fast.transfer import rows, to_device
+from finf_fast.staging import PADDED, stage
+from finf_fast.steps import updates_for
+from finf_fast.transfer import crossing_to, decodes, rows, to_device
 from finf_fast.update import Update
+
+LOOKED_UP = 1 << 16  # lengths at a time: half a MiB
 
 
 def sweep(
@@ -41,6 +45,7 @@ def sweep(
     engine: str = "auto",
     batch_size: int | None = None,
     shard: tuple[int, int] | None = None,
+    background: Sequence[Update] = (),
     per_token: bool = False,
     nonfinite: str = "raise",
     progress: bool | Callable[[int, int], None] | None = None,
@@ -57,13 +62,17 @@ def sweep(
         corpus: what :func:`finf_fast.open_corpus` gives or takes: S samples.
         loss: a name, a :class:`finf_fast.loss.Loss`, or ``(model, batch) -> (B,) losses``.
         device: where to compute; the model's own by default.
-        dtype: of the forwards: torch.bfloat16 (delta engine only), float32 or float64; by default the model's own, half
+        dtype: of the forwards: torch.bfloat16 (not by pairs), float32 or float64; by default the model's own, half
             precision becoming float32 where the net has kinks (ReLU, max-pooling, routing) or runs by pairs.
         out: result folder; an interrupted run of the same sweep is resumed from it. None keeps scores in memory.
         engine: ``"delta"`` carries (value, exact change) through one forward for all queries; ``"pair"`` runs 1 + Q
             plain forwards and subtracts; ``"auto"`` is delta wherever it applies; ``scores.plan`` says which and why.
+            ``"dot"`` gives the change to first order only, gradient of the loss times change of the weights, by one
+            backward pass over activations: the cheapest for many queries and tiny steps, never chosen by ``"auto"``.
         batch_size: samples per forward; chosen by memory if not given, and halved when memory runs out.
         shard: ``(i, n)`` scores the i-th of n contiguous slices; :meth:`Scores.merge` joins them.
+        background: more updates, which :meth:`Scores.normalized` compares with and nothing else shows; each costs as
+            much as one of ``updates``.
         per_token: keep each token's loss and change too (``scores.token_base``, ``scores.token_delta``).
         nonfinite: ``"raise"`` at a NaN or infinite loss, naming the sample, or ``"keep"`` it in the scores.
         progress: True, False, a callable ``(done, total)``, or None: a bar at a terminal when it lasts over two
@@ -77,7 +86,8 @@ def sweep(
             a loss is not finite (NonFiniteLoss); the folder holds another run (ManifestMismatch).
         NotCarried: ``engine="delta"`` and the model does what a stack cannot follow.
     """
-    updates = _checked(model, updates, engine, nonfinite)
+    asked = _checked(model, updates, engine, nonfinite)
+    updates = [*asked, *_checked(model, background, engine, nonfinite, "background")]
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     loss = _per_token(losses.resolve(loss), per_token)
     per_token = loss.per_token
@@ -87,6 +97,7 @@ def sweep(
     settings = {"device": device, "dtype": dtype, "engine": engine, "keep": free_bytes(device) // 4}
     chosen = choose_engine(model, updates, loss, sample=sample, **settings)
     runner, found = chosen.engine, chosen.found
+    found = _with_room(found, corpus, start, stop, width(sample, loss)) if per_token else found
     store = open_store(
         out,
         identity.of(model, updates, corpus, loss, {**runner.settings(), "nonfinite": nonfinite}),
@@ -97,15 +108,23 @@ def sweep(
         directions=[update.direction for update in updates],
         names=identity.names_of(updates),
         corpus_samples=len(corpus),
+        background=len(updates) - len(asked),
         resume=resume,
     )
-    with store, identity.threads(store.plan.threads), Progress(store.plan.samples, "sweep", progress) as bar:
+    with (
+        store,
+        identity.threads(store.plan.threads),
+        Progress(store.plan.samples, "sweep", progress) as bar,
+        crossing_to(device) as crossing,
+    ):
         bar.advance(store.scored)
-        scorer = Scorer(runner, corpus, store, found, vocabulary(model), nonfinite, bar.advance)
-        with closing(stage(corpus, store.plan, store.missing())) as blocks:
+        staged, decode = _staged(corpus, device, loss)
+        scorer = Scorer(runner, corpus, store, found, vocabulary(model), nonfinite, bar.advance, crossing, decode)
+        with closing(stage(staged, store.plan, store.missing(), send=crossing.send)) as blocks:
             for block in scorer.clock.waiting(blocks):
                 scorer.write(block)
-        return store.finish(scorer.record())
+                del block  # with its memory on the device, before the next is awaited
+        return store.finish({**scorer.record(), "mirror": identity.shared_record(updates)})
 
 
 def forward_inf(
@@ -123,6 +142,7 @@ def forward_inf(
     mode: str | None = None,
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
+    background: int = 0,
     progress: bool | Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Scores:
@@ -134,35 +154,56 @@ def forward_inf(
         groups: lists of rows, or name -> rows; a group's loss is the mean of its rows'.
         method, lr, direction, steps, params, mode, seed: as in :func:`finf_fast.mirror`.
         options: of the method, by name (``weight_decay``, ``betas``, ``tries``, ...), as in :func:`finf_fast.mirror`.
+            A method that wants ``factors`` and is given none has them fitted on this corpus first, by
+            :func:`finf_fast.fit_factors` with its defaults. ``damping="auto"`` tries five, and takes the one under
+            which 128 training samples, asked for as queries, stand out best among 512.
+        background: how many training samples, evenly drawn by ``seed``, are asked beside the queries, for
+            :meth:`Scores.normalized` to compare with where queries are few; each costs as much as a query.
         progress: of the sweep; True, False and None hold for the mirror steps too.
         settings: the remaining keyword arguments of :func:`sweep`.
 
     Returns:
-        :class:`Scores`, one row of ``delta`` a query.
+        :class:`Scores`, one row of ``delta`` a query. ``scores.record["mirror"]`` holds what the steps have in common;
+        of methods that find their own step size also ``linear_regime``, the whole step against its half on up to 8
+        queries and 64 samples: ``departure`` from a straight line (0 to 1) and ``rank_agreement``.
     """
     how = {"lr": lr, "direction": direction, "steps": steps, "params": params, "mode": mode, "seed": seed}
     given = {key: value for key, value in how.items() if value is not None}
     given |= {"groups": groups, "loss": loss, "method": method, "device": settings.get("device")}
-    unknown = settings.keys() - inspect.signature(sweep).parameters.keys()
+    unknown = settings.keys() - (inspect.signature(sweep).parameters.keys() - {"background"})
     if unknown:
         raise TypeError(f"forward_inf: unknown argument {', '.join(sorted(unknown))}")
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
-    with Progress(0, "mirror steps", None if callable(progress) else progress) as bar:
-        updates = mirrors_of(model, queries, on_done=bar.reach, **given, **(options or {}))
-    return sweep(model, updates, corpus, loss=loss, progress=progress, **settings)
+    shown = None if callable(progress) else progress
+    drawn = _background(corpus, background, seed or 0, losses.resolve(loss)) if background else None
+    updates, others = updates_for(model, corpus, queries, given, options or {}, sweep, settings, shown, drawn)
+    return sweep(model, updates, corpus, background=others, loss=loss, progress=progress, **settings)
 
 
-def _checked(model: nn.Module, updates: Sequence[Update], engine: str, nonfinite: str) -> list[Update]:
+def _background(corpus: Corpus, count: int, seed: int, loss: Loss) -> np.ndarray:
+    """(count,) samples that have a target, evenly drawn; where some have none, from four times as many."""
+    for tried in (count, min(len(corpus), 4 * count)):
+        drawn = evenly(len(corpus), tried, seed, "background")
+        empty = loss.without_target(corpus.take(drawn))
+        kept = drawn if empty is None else drawn[~empty.numpy()]
+        if len(kept) >= count:
+            return kept[evenly(len(kept), count, seed)]
+    raise ValueError(f"background: wanted {count} samples with a target, got {len(kept)} of {tried} that were drawn")
+
+
+def _checked(
+    model: nn.Module, updates: Sequence[Update], engine: str, nonfinite: str, name: str = "updates"
+) -> list[Update]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
     if next(model.parameters(), None) is None:
         raise ValueError("model: wanted at least one parameter, got a model without any")
     updates = [updates] if isinstance(updates, Update) else list(updates)
-    if not updates:
+    if not updates and name == "updates":
         raise ValueError("updates: wanted at least one, got none (Q = 0)")
     for update in updates:
         if not isinstance(update, Update):
-            raise TypeError(f"updates: wanted finf_fast.Update, got {type(update).__name__}")
+            raise TypeError(f"{name}: wanted finf_fast.Update, got {type(update).__name__}")
         update.check(model)
     if engine not in ENGINES:
         raise ValueError(f"engine: wanted one of {', '.join(ENGINES)}, got {engine!r}")
@@ -183,7 +224,29 @@ def _per_token(loss: Loss, wanted: bool) -> Loss:
 
 def _longest(corpus: Corpus, start: int, stop: int) -> Any:
     """A batch of one for the probe: the first sample, padded as the longest of the first 64 asks for."""
-    return rows(corpus.read(start, min(start + 64, stop)), 0, 1)
+    stop = min(start + 64, stop)
+    counts = corpus.lengths(start, stop)
+    if counts is None or len(counts) * int(counts.max()) <= PADDED:
+        return rows(corpus.read(start, stop), 0, 1)
+    return rows(corpus.take([start, start + int(counts.argmax())]), 0, 1)  # 64 as long as a book would fill the memory
+
+
+def _staged(corpus: Corpus, device: torch.device, loss: Loss) -> tuple[Corpus, Callable[[Any], Any] | None]:
+    """What is read block by block, and what makes of it, on the device, what the model reads; None for nothing."""
+    # A check that looks at pixels has to see them as the model does: these two look at labels alone.
+    checked = type(loss).check in (Loss.check, losses.CrossEntropy.check)
+    return (checked and decodes(device) and corpus.undecoded()) or (corpus, None)
+
+
+def _with_room(found: Probe, corpus: Corpus, start: int, stop: int, seen: int) -> Probe:
+    """With tokens enough for the longest text, where the corpus knows; ``seen`` is how long the sample was."""
+    longest = 0
+    for first in range(start, stop, LOOKED_UP):
+        counts = corpus.lengths(first, min(first + LOOKED_UP, stop))
+        if counts is None or not seen:
+            return found
+        longest = max(longest, int(counts.max()))
+    return replace(found, tokens=found.tokens + max(0, longest - seen))
 
 
 def _slice(samples: int, shard: tuple[int, int] | None) -> tuple[int, int]:

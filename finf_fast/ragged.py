@@ -8,7 +8,6 @@ samples come wastes 42 to 96 % of a forward; sorted in a window of 64 forwards i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,24 +15,14 @@ from torch import Tensor
 
 from finf_fast.loss import CrossEntropy, Loss
 from finf_fast.loss.base import LABEL_KEYS
+from finf_fast.records import Part
 
-__all__ = ["FORWARDS", "Part", "lengths", "parts", "width"]
+__all__ = ["FORWARDS", "lengths", "parts", "width"]
 
 FORWARDS = 64  # forwards a window; beyond it the last percent of padding costs memory and a longer loss at a crash
 WASTE = 1 / 32  # padding that a forward may take where it could end earlier
 ENOUGH = 4  # a forward of a quarter of what memory holds is as fast, a token, as a full one
 MASK = "attention_mask"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One forward of a block: a batch of B samples, and their places (B,) in the block."""
-
-    rows: Tensor
-    batch: Any
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 def width(batch: Any, loss: Loss) -> int:
@@ -59,21 +48,29 @@ def lengths(batch: Mapping[str, Tensor], loss: Loss) -> Tensor:
     return (there * columns).amax(1).clamp_(min=1)
 
 
-def parts(batch: Mapping[str, Tensor], loss: Loss, size: int, tokens: int | None) -> Iterator[Part]:
-    """The forwards of one window, shortest samples first.
+def parts(
+    read: Part, loss: Loss, size: int, tokens: int | None, multiple: int = 1, placed: Any = None
+) -> Iterator[Part]:
+    """The forwards of what was read of one window, shortest samples first.
 
     Args:
-        batch: a window's samples, padded to the longest, as :func:`width` takes them.
+        read: samples, padded to their longest, as :func:`width` takes them.
         loss: says which labels do not count.
         size: samples a forward, at most.
         tokens: tokens a forward, padding counted, at most; one sample longer than that is a forward of its own.
+        multiple: of the columns of a forward, as far as those read suffice: lengths count as rounded up to it.
+        placed: the batch where forwards are to be, on a device that lengths need not be asked of; None for ``read``'s.
     """
-    found = lengths(batch, loss)
+    placed = read.batch if placed is None else placed
+    found = lengths(read.batch, loss)
     found, order = found.sort(stable=True)
-    columns = batch[MASK].shape[1]
+    columns = placed[MASK].shape[1]
+    there = order.to(placed[MASK].device)
+    found = ((found + multiple - 1) // multiple * multiple).clamp_(max=columns)
     for first, last in _cuts(found.tolist(), size, tokens):
-        rows, longest = order[first:last], int(found[last - 1])
-        yield Part(rows, {key: _short(x[rows], columns, longest) for key, x in batch.items()})
+        longest = int(found[last - 1])
+        batch = {key: _short(x[there[first:last]], columns, longest) for key, x in placed.items()}
+        yield Part(read.rows[order[first:last]], batch)
 
 
 def _cuts(found: list[int], size: int, tokens: int | None) -> Iterator[tuple[int, int]]:

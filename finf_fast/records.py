@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["BadSample", "Block", "DamagedFile", "ManifestMismatch", "NonFiniteLoss", "Plan", "TopK"]
+__all__ = ["BadSample", "Block", "DamagedFile", "ManifestMismatch", "NonFiniteLoss", "Part", "Plan", "TopK"]
 
 
 class DamagedFile(ValueError):
@@ -40,8 +40,23 @@ class ManifestMismatch(ValueError):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some samples of a block: their places (B,) in it, and a pytree of tensors whose leading dimension is B.
+
+    ``sent`` is what stands for the batch on its way to the device, where it was sent ahead.
+    """
+
+    rows: Any
+    batch: Any = field(repr=False)
+    sent: Any = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
 class Block:
-    """Rows ``[start, stop)`` of the corpus, decoded: a pytree of tensors whose leading dimension is ``stop - start``.
+    """Rows ``[start, stop)`` of the corpus, decoded: one batch, or several of samples of like length.
 
     ``number`` is the block's place in the plan: its completion flag in the result folder.
     """
@@ -49,7 +64,7 @@ class Block:
     number: int
     start: int
     stop: int
-    batch: Any
+    parts: tuple[Part, ...]
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -14,15 +14,19 @@ from finf_fast import ragged
 from finf_fast.corpus import Corpus
 from finf_fast.loss import Result
 from finf_fast.planning import Probe, out_of_memory
-from finf_fast.records import BadSample, Block, NonFiniteLoss
+from finf_fast.records import BadSample, Block, NonFiniteLoss, Part
 from finf_fast.scores import Store
-from finf_fast.transfer import rows, to_device
+from finf_fast.transfer import Crossing, rows, to_device
 
 __all__ = ["Clock", "Scorer"]
 
 
 class Clock:
-    """What a sweep's time went to: seconds by stage, each measured in the sweep's own thread, where it waits."""
+    """What a sweep's time went to: seconds by stage, each measured in the sweep's own thread, where it waits.
+
+    A device that stands still for a copy is seen there as a model that takes longer: `move` gives such seconds to the
+    stage that they belong to.
+    """
 
     def __init__(self):
         self._since, self.seconds = time.perf_counter(), dict.fromkeys(("staging", "model", "scores"), 0.0)
@@ -34,6 +38,11 @@ class Clock:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - began
+
+    def move(self, seconds: float, of: str, to: str) -> None:
+        """So many seconds that were counted as one stage's were another's."""
+        seconds = min(seconds, self.seconds[of])
+        self.seconds[of], self.seconds[to] = self.seconds[of] - seconds, self.seconds.get(to, 0.0) + seconds
 
     def waiting(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The blocks, the wait for each counted as staging."""
@@ -64,6 +73,8 @@ class Scorer:
         nonfinite: ``"raise"`` or ``"keep"``.
         on_scored: told how many samples more have been scored; fewer than none where a block begins again in smaller
             forwards.
+        crossing: where blocks were sent ahead.
+        decode: makes of a batch on the device what the model reads, where it was staged otherwise.
     """
 
     def __init__(
@@ -75,24 +86,25 @@ class Scorer:
         vocabulary: int | None,
         nonfinite: str,
         on_scored: Callable[[int], None],
+        crossing: Crossing,
+        decode: Callable[[Any], Any] | None = None,
     ):
         self._runner, self._corpus, self._store = runner, corpus, store
         self._limits, self._nonfinite, self._tokens = (found.outputs, vocabulary), nonfinite, found.tokens
-        self._on_scored, self.clock = on_scored, Clock()
+        self._on_scored, self._crossing, self._decode, self.clock = on_scored, crossing, decode, Clock()
         self._samples = self._empty = self._there = self._computed = self._told = 0
 
     def write(self, block: Block) -> None:
         """Checks, scores and stores one block; nothing of a bad one is written."""
-        try:
-            self._runner.loss.check(block.batch, *self._limits)
-        except BadSample as error:
-            sample = block.start + error.row
-            raise BadSample(f"sample {sample} ({self._corpus.locate(sample)}): {error}", error.row) from None
+        for part in block.parts:
+            self._check(block, part)
         with self.clock.of("model"):
             result = self._score(block)
             if self._nonfinite == "raise":
                 self._require_finite(result, block)
             arrays = _on_disk(result, self._runner.score_dtype)
+        if self._crossing.crosses:
+            self.clock.move(self._crossing.waited(), "model", "transfer")
         if result.empty is not None:
             self._empty += int(result.empty.sum())
         self._samples += len(block)
@@ -101,6 +113,14 @@ class Scorer:
             self._store.write(block.number, *arrays)
         self._tell(len(block))
 
+    def _check(self, block: Block, part: Part) -> None:
+        try:
+            self._runner.loss.check(part.batch, *self._limits)
+        except BadSample as error:
+            row = int(part.rows[error.row])
+            sample = block.start + row
+            raise BadSample(f"sample {sample} ({self._corpus.locate(sample)}): {error}", row) from None
+
     def record(self) -> dict[str, Any]:
         """How the run went, for the manifest."""
         padding = {} if not self._computed else {"padding_percent": round(100 - 100 * self._there / self._computed, 2)}
@@ -108,6 +128,8 @@ class Scorer:
             **self._runner.record(),
             "corpus": self._corpus.describe(),
             **self.clock.record(),
+            **self._crossing.record(),
+            **({} if self._decode is None else {"pixels_decoded": "on the device"}),
             "samples_scored": self._samples,
             "samples_without_target": self._empty,
             **padding,
@@ -118,7 +140,7 @@ class Scorer:
         while True:
             done, part, self._told = [], None, 0
             try:
-                for part in self._parts(block):
+                for part in self._forwards(block):
                     self._tell(sum(len(places) for places, _ in done))
                     done.append((part.rows, self._part(part.batch)))
                 return _in_order(done)
@@ -136,24 +158,29 @@ class Scorer:
         self._on_scored(scored - self._told)
         self._told = scored
 
-    def _parts(self, block: Block) -> Iterator[ragged.Part]:
-        """The block's forwards: samples in a row, or those of like length where that saves padding."""
+    def _forwards(self, block: Block) -> Iterator[Part]:
+        """Samples in a row, or those of like length where that saves padding."""
         plan, loss = self._store.plan, self._runner.loss
         size = plan.forward_size(block.number)
-        if ragged.width(block.batch, loss):
-            for part in ragged.parts(block.batch, loss, size, plan.tokens):
-                mask = part.batch[ragged.MASK]
-                self._there, self._computed = self._there + int((mask != 0).sum()), self._computed + mask.numel()
-                yield part
-            return
-        for first in range(0, len(block), size):
-            last = min(first + size, len(block))
-            yield ragged.Part(torch.arange(first, last), rows(block.batch, first, last))
+        for read in block.parts:
+            batch = self._crossing.receive(read)
+            if ragged.width(read.batch, loss):
+                tokens = torch.zeros(len(block), dtype=torch.int64)
+                tokens[read.rows] = (read.batch[ragged.MASK] != 0).sum(1)
+                for part in ragged.parts(read, loss, size, plan.tokens, self._runner.columns, batch):
+                    self._there += int(tokens[part.rows].sum())
+                    self._computed += part.batch[ragged.MASK].numel()
+                    yield part
+                continue
+            for first in range(0, len(read), size):
+                last = min(first + size, len(read))
+                yield Part(read.rows[first:last], rows(batch, first, last))
 
     def _part(self, batch: Any) -> Result:
-        return self._runner.score(to_device(batch, self._runner.device))
+        batch = to_device(batch, self._runner.device)
+        return self._runner.score(batch if self._decode is None else self._decode(batch))
 
-    def _name_the_sample(self, block: Block, part: ragged.Part, error: IndexError) -> None:
+    def _name_the_sample(self, block: Block, part: Part, error: IndexError) -> None:
         """Raises for the sample that made the model look outside a table (an embedding of the user's own)."""
         for place, row in enumerate(part.rows.tolist()):
             try:
@@ -167,7 +194,10 @@ class Scorer:
         held = self._tokens
         if result.token_base is not None and result.token_base.shape[1] > held:
             got = result.token_base.shape[1]
-            raise ValueError(f"per_token: room was made for {held} tokens a sample, as the first ones have, got {got}")
+            raise ValueError(
+                f"per_token: room was made for {held} tokens a sample, as the first 64 have, got {got}; bring the "
+                "longest forward, or cut all to one length"
+            )
 
     def _require_finite(self, result: Result, block: Block) -> None:
         bad = ~torch.isfinite(result.base) | ~torch.isfinite(result.delta).all(0)

@@ -220,7 +220,7 @@ def face_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
     elif journey.destination():
         kept = journey.GPU_FACES
     else:
-        kept = ("cpp", "reference")
+        kept = ("cpp", "hybrid", "reference")
     return [(face, dtype) for face, takes in dispatch.TABLE[op].items() if face in kept for dtype in takes.dtypes]
 
 

@@ -188,8 +188,8 @@ class BS(B):
 class Case:
     """``f`` on arguments of these descriptions.
 
-    ``slack`` multiplies the bound; who gives it says why. What ``sums`` changes that may cancel is also allowed the
-    rounding of those changes.
+    ``slack`` multiplies the bound; who gives it says why. What ``sums`` values that may cancel is also allowed the
+    rounding of those.
     """
 
     name: str
@@ -223,8 +223,9 @@ def check(
         noise += (
             16 * torch.finfo(dtype).eps * max(size_of(row * 1.0 - x.rows[0] * 1.0) for x in arguments for row in x.rows)
         )
+    base = 16 * torch.finfo(dtype).eps * max(size_of(x.rows[0]) for x in arguments) if sums else 0.0
     for one, alike, *rows in zip(got, like, *truth, strict=True):
-        compare(one, alike, rows, slack * BOUNDS[dtype], noise)
+        compare(one, alike, rows, slack * BOUNDS[dtype], noise, base)
 
 
 def _true(f: Callable[..., Any], row: list[Any]) -> Any:
@@ -237,7 +238,7 @@ def _true(f: Callable[..., Any], row: list[Any]) -> Any:
         torch.set_default_dtype(usual)
 
 
-def compare(got: Any, like: Any, rows: list[Any], bound: float, noise: float) -> None:
+def compare(got: Any, like: Any, rows: list[Any], bound: float, noise: float, base: float = 0.0) -> None:
     """One result against its rows of truth."""
     if not isinstance(like, Tensor):
         assert got == like and type(got) is type(like), f"{got!r}, wanted {like!r}"
@@ -250,7 +251,7 @@ def compare(got: Any, like: Any, rows: list[Any], bound: float, noise: float) ->
         assert all(torch.equal(one, row.to(one.dtype)) for one, row in zip(stacked, rows, strict=True))
         return
     # Of gelu far out torch's own float64 keeps no digit and says 0, where there is still 1e-22.
-    near(stacked[0], rows[0], bound, 0.0 if rows[0].any() else 1e-16, "base")
+    near(stacked[0], rows[0], bound, base or (0.0 if rows[0].any() else 1e-16), "base")
     for q in range(Q):
         true = torch.where(rows[1 + q] == rows[0], 0.0, rows[1 + q] - rows[0])
         # Two factors that move so that their product stays leave the rounding of the terms, 1e-6 in the smallest world.

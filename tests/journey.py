@@ -20,13 +20,16 @@ from torch import Tensor
 
 from finf_fast.ops import dispatch
 
-GPU_FACES = ("triton", "cuda")
+GPU_FACES = ("triton", "cuda", "hybrid")
 
 # For a test that wants an error by what values are given: only a CPU may look at them without waiting.
 cpu_looks = pytest.mark.skipif(
     os.environ.get("FINF_TEST_DEVICE", "cpu") != "cpu",
     reason="on a GPU nothing waits to look: a bad target ends the process there, a bad list stays one",
 )
+
+# For a test of its own that nothing stands in for.
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def destination() -> str | None:

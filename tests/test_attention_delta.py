@@ -359,6 +359,8 @@ def test_errors():
         attention_delta(q, k, v, mask=torch.zeros(9, 9, dtype=torch.int64))
     with pytest.raises(ValueError, match="softcap: wanted a number above 0 or None, got 0"):
         attention_delta(q, k, v, softcap=0.0)
+    with pytest.raises(ValueError, match="softcap: .* got 1e-46"):
+        attention_delta(q, k, v, softcap=1e-46)
 
 
 # Teeth.

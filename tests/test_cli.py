@@ -91,15 +91,73 @@ def test_audit_takes_one_query_and_a_shard(files):
     assert scores.delta.shape == (1, 25) and scores.indices[0] == 25
 
 
+def test_audit_orders_by_what_stands_out(files):
+    done = audit(files, "--out", files / "run", "--normalized", "rms", "--background", 10, "--top", 1)
+    assert done.returncode == 0, done.stderr
+    found = ff.Scores.open(files / "run").top(1, 1, normalized="rms")
+    assert "influence, rms" in done.stdout and f"{float(found.influence[0]):+.4g}" in done.stdout
+    few = audit(files, "--normalized", "rms", "--out", files / "few")
+    assert few.returncode == 1 and "'rms' compares with other queries and wants at least 8, got 2" in few.stderr
+    own = audit(files, "--normalized", "relatif", "--out", files / "few")
+    assert own.returncode == 1 and "'relatif' wants self_influence" in own.stderr
+    assert not (files / "few").exists()  # refused before the sweep
+
+
 def test_audit_writes_a_page(files):
     done = audit(files, "--report", files / "page.html")
     assert done.returncode == 0, done.stderr
     assert "<html" in (files / "page.html").read_text().lower()
 
 
+IMAGES = """
+import torch
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+"""
+
+
+def test_audit_of_pixels(files):
+    (files / "images.py").write_text(IMAGES)
+    np.save(files / "pixels.npy", np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8))
+    np.save(files / "classes.npy", np.arange(5) % 3)
+    words = [f"{files / 'images.py'}:build", files / "pixels.npy", files / "pixels.npy", "--out", files / "run"]
+    labels = ["--labels", files / "classes.npy", "--query-labels", files / "classes.npy"]
+    pixels = ["--mean", "0.5,0.4,0.3", "--std", "0.2,0.3,0.4", "--layout", "NHWC"]
+    done = run("audit", *words, *labels, *pixels, "--io", "read")
+    assert done.returncode == 0, done.stderr
+    told = ff.Scores.open(files / "run").record["corpus"]
+    assert (told["mean"], told["std"], told["layout"], told["io"]) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4], "NHWC", "read")
+
+
+LANGUAGE = """
+import torch
+from nets import TinyLm
+def build():
+    torch.manual_seed(0)
+    return TinyLm()
+"""
+
+
+def test_audit_of_texts_in_several_files(files):
+    draw = np.random.default_rng(0)
+    (files / "lm.py").write_text(LANGUAGE)
+    for n in range(2):
+        draw.integers(0, 19, 60).astype("<u2").tofile(files / f"{n}.ds")
+        np.array([4, 20, 60], "<u8").tofile(files / f"{n}.ds.index")
+    words = [f"{files / 'lm.py'}:build", files / "*.ds", files / "0.ds", "--rows", 0]
+    done = run("audit", *words, "--loss", "causal_lm", "--max-length", 8, "--out", files / "run")
+    assert done.returncode == 0, done.stderr
+    told = ff.Scores.open(files / "run").record["corpus"]
+    assert (told["samples"], told["max_length"]) == (6, 8)
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
+        (["--mean", "0.1,x"], "mean: wanted numbers with commas between"),
+        (["--io", "tape"], "io: wanted"),
+        (["--columns", "a,b"], "columns: wanted None, for the format 'npy'"),
         (["--loss", "nope"], "loss: wanted one of"),
         (["--method", "nope"], "method: wanted one of"),
         (["--shard", "x"], "shard: wanted i/n"),

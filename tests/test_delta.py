@@ -349,7 +349,7 @@ def test_types_that_an_engine_does_not_have(engine):
     update = ff.mirror(case.model, case.queries[0], lr=1e-3)
     with pytest.raises(ValueError, match="dtype: wanted"):
         ff.sweep(case.model, [update], case.batch, engine=engine, dtype=torch.float16)
-    with pytest.raises(ValueError, match="engine: wanted one of auto, delta, pair, got 'jvp'"):
+    with pytest.raises(ValueError, match="engine: wanted one of auto, delta, pair, dot, got 'jvp'"):
         ff.sweep(case.model, [update], case.batch, engine="jvp")
 
 

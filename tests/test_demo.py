@@ -72,8 +72,13 @@ def test_the_released_way_is_scored_by_its_absolute_change(leaked):
 
 def test_how_far_leaked_and_controls_stand_apart():
     class Made:
+        background = np.empty((0, 4))
         # Over spreads of √8, 1, 1 and 0 (left out) the leaked query leads by 0.41, the control by nothing.
         delta = influence = np.array([[4.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]])
+
+        @classmethod
+        def spread(cls):
+            return np.sqrt(np.square(cls.delta).mean(0))
 
     assert digits.apart(Made, 1) == 1.0
     Made.delta = Made.influence = Made.influence[::-1]

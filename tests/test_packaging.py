@@ -40,7 +40,12 @@ def distribution():
 def test_every_room_is_a_package(distribution):
     rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "finf_fast").rglob("__init__.py")}
     beside = {f"finf_fast.{name}" for name in BESIDE}
-    assert set(distribution.packages) == rooms | beside
+    below = {
+        ".".join(("finf_fast", *p.parent.relative_to(ROOT).parts))
+        for name in BESIDE
+        for p in (ROOT / name).glob("*/**/*.py")
+    }
+    assert set(distribution.packages) == rooms | beside | below
     assert {name: distribution.package_dir[name] for name in beside} == {f"finf_fast.{n}": n for n in BESIDE}
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import finf_fast as ff
-from finf_fast import ragged
+from finf_fast import pipeline, ragged, staging
 from finf_fast.corpus.collate import collate
 from finf_fast.delta import DeltaEngine
 from finf_fast.loss import resolve
+from finf_fast.records import Part, Plan
 from nets import language_model
 
 LOSS = resolve("causal_lm")
@@ -25,7 +26,8 @@ def texts(found, columns=None, **more):
 
 
 def parts(batch, size=100, tokens=None):
-    return list(ragged.parts(batch, LOSS, size, tokens))
+    samples = len(batch["attention_mask"])
+    return list(ragged.parts(Part(torch.arange(samples), batch), LOSS, size, tokens))
 
 
 def test_each_sample_is_in_one_part_with_its_own_tokens():
@@ -178,3 +180,75 @@ def test_a_padded_batch_of_the_user_s_own(tmp_path):
     updates = updates_of(model, data)
     given = ff.sweep(model, updates, collate(data), loss="causal_lm", batch_size=4)
     np.testing.assert_allclose(given.delta, ff.sweep(model, updates, data, loss="causal_lm").delta, atol=1e-13)
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Texts of 1 to 12 tokens in a datatrove file, and one of 300."""
+    draw = np.random.default_rng(0)
+    lengths = [int(draw.integers(1, 13)) for _ in range(41)]
+    lengths[17] = 300
+    draw.integers(0, 19, sum(lengths)).astype("<u2").tofile(tmp_path / "text.ds")
+    np.cumsum(lengths).astype("<u8").tofile(tmp_path / "text.ds.index")
+    return ff.open_corpus(tmp_path / "text.ds"), lengths
+
+
+def test_one_long_text_does_not_lengthen_a_whole_window(documents, monkeypatch):
+    corpus, lengths = documents
+    monkeypatch.setattr(staging, "PADDED", 400)
+    (block,) = staging.stage(corpus, Plan(0, 41, 64, forward=8), [0])
+    assert sorted(torch.cat([part.rows for part in block.parts]).tolist()) == list(range(41)) and len(block) == 41
+    for part in block.parts:
+        ids, mask = part.batch["input_ids"], part.batch["attention_mask"]
+        assert ids.numel() <= 400 and mask.sum(1).tolist() == [lengths[row] for row in part.rows]
+        for row, text in zip(part.rows.tolist(), ids, strict=True):
+            assert torch.equal(text[: lengths[row]], corpus[row]["input_ids"])
+    (even,) = staging.stage(corpus, Plan(0, 41, 64), [0])  # blocks of samples that are not sorted
+    assert len(even.parts) == 1
+
+
+def test_one_long_text_is_not_read_for_the_probe_sixty_four_times_over(documents, monkeypatch):
+    corpus, lengths = documents
+    whole = pipeline._longest(corpus, 0, 41)
+    monkeypatch.setattr(pipeline, "PADDED", 400)
+    monkeypatch.setattr(corpus, "read", lambda start, stop: pytest.fail("the whole window was padded"))
+    probed = pipeline._longest(corpus, 0, 41)
+    assert probed["input_ids"].shape == (1, max(lengths))
+    assert all(torch.equal(probed[key], whole[key]) for key in whole)
+
+
+def test_scores_of_a_window_that_is_read_in_pieces(documents, monkeypatch):
+    corpus, _ = documents
+    model, data = language_model(5)
+    updates, settings = updates_of(model, data), {"loss": "causal_lm", "batch_size": 8}
+    whole = ff.sweep(model, updates, corpus, **settings)
+    monkeypatch.setattr(staging, "PADDED", 400)
+    scores = ff.sweep(model, updates, corpus, **settings)
+    np.testing.assert_allclose(scores.base, whole.base, rtol=1e-12, equal_nan=True)
+    np.testing.assert_allclose(scores.delta, whole.delta, rtol=1e-9, atol=1e-15)
+    assert scores.record["padding_percent"] <= whole.record["padding_percent"]
+
+
+def test_a_bad_token_is_named_in_a_window_that_is_read_in_pieces(tmp_path, monkeypatch):
+    tokens = np.ones(500, "<u2")
+    tokens[470] = 999
+    tokens.tofile(tmp_path / "text.ds")
+    np.cumsum([3] * 10 + [400] + [3] * 20 + [10]).astype("<u8").tofile(tmp_path / "text.ds.index")
+    model, data = language_model(5)
+    monkeypatch.setattr(staging, "PADDED", 500)
+    with pytest.raises(ValueError, match=r"sample 24 \(.*text.ds, byte 938\): .*999"):
+        ff.sweep(model, updates_of(model, data), ff.open_corpus(tmp_path / "text.ds"), loss="causal_lm", batch_size=4)
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_tokens_of_the_longest_text_have_room(tmp_path, longest_first):
+    lengths = [*[3] * 70, 11, 5]
+    lengths = lengths[::-1] if longest_first else lengths
+    np.random.default_rng(0).integers(0, 19, sum(lengths)).astype("<u2").tofile(tmp_path / "text.ds")
+    np.cumsum(lengths).astype("<u8").tofile(tmp_path / "text.ds.index")
+    model, data = language_model(5)
+    scores = ff.sweep(
+        model, updates_of(model, data), ff.open_corpus(tmp_path / "text.ds"), loss="causal_lm", per_token=True
+    )
+    assert scores.token_delta.shape == (2, 72, 11)
+    assert (np.isfinite(scores.token_base).sum(1) == np.array(lengths) - 1).all()

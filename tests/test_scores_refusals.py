@@ -252,7 +252,7 @@ def test_truncated_manifest_is_named(position, done):
     ("change", "message"),
     [
         ({"format": "zarr"}, "another kind of file"),
-        ({"version": 2}, "wanted version 1, got 2"),
+        ({"version": 1}, "wanted version 2, got 1"),
         ({"dtype": "int8"}, "dtype: wanted"),
         ({"names": ["a"]}, "names: wanted 3"),
         ({"plan": {"start": 0, "stop": 5, "block": 2, "halvings": []}}, "disagree"),

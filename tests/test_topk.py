@@ -67,7 +67,7 @@ INPUTS = {
 @pytest.mark.parametrize("direction", ["ascent", "descent"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_top_is_the_head_of_a_full_sort(kind, tail, direction, dtype, monkeypatch):
-    monkeypatch.setattr(result, "TOP_ROWS", 64)  # many chunks, the last one ragged
+    monkeypatch.setattr(result, "TOP_CELLS", 64)  # many chunks, the last one ragged
     delta = INPUTS[kind](np.random.default_rng(3), 777).astype(dtype)
     scores = scores_of(delta, direction)
     for k in (1, 10, 64, 100, 777, 5000):
@@ -130,7 +130,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert np.array_equal(top.indices, sorted_top(-delta, 10, "both")[0])
-    assert peak < 3 * 8 * result.TOP_ROWS < delta.nbytes / 4
+    assert peak < 3 * 8 * result.TOP_CELLS < delta.nbytes / 4
 
 
 @pytest.mark.parametrize(

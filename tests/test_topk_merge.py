@@ -118,6 +118,8 @@ def test_errors():
         topk_merge(values[:1], indices, scores, 0)
     with pytest.raises(ValueError, match="start: wanted 0 or more, got -1"):
         topk_merge(values, indices, scores, -1)
+    with pytest.raises(ValueError, match=f"start: wanted at most {2**63 - 11}, for int64 .*, got {2**63 - 10}"):
+        topk_merge(values, indices, scores, 2**63 - 10)
     with pytest.raises(ValueError, match="indices: wanted contiguous"):
         topk_merge_(values, indices.T.contiguous().T, scores, 0)
 

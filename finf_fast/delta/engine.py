@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from finf_fast.calls import by_place
 from finf_fast.delta import (
     arithmetic,
     choices,
@@ -41,7 +42,7 @@ from finf_fast.delta.kinks import kink
 from finf_fast.delta.stack import Carried, NotCarried, lift
 from finf_fast.delta.table import State, carry, fresh, name_of
 from finf_fast.delta.weights import weight_sets
-from finf_fast.loss import Loss, Result, joined, mapped
+from finf_fast.loss import Loss, Result, cast, joined, mapped
 from finf_fast.reference import product
 from finf_fast.skeleton import Skeleton, writes
 from finf_fast.update import Update
@@ -74,6 +75,8 @@ class Carrying(TorchFunctionMode):
         state.plain[func] = state.plain.get(func, 0) + 1
         if state.waits and ("out" in kwargs or kwargs.get("inplace") or writes(func)):
             state.settle()  # a plain tensor is about to be overwritten that a waiting result may read
+        if kwargs and (func is F.linear or func in CONVOLUTIONS):
+            args, kwargs = by_place(func, args, kwargs)
         if func is F.linear:
             return self._product(product.linear, *args, **kwargs)
         return self._product(func, *args, **kwargs) if func in CONVOLUTIONS else func(*args, **kwargs)
@@ -107,6 +110,7 @@ class DeltaEngine:
     """
 
     name = "delta"
+    columns = 1  # of a text's batch, a multiple: any number
 
     def __init__(
         self,
@@ -176,7 +180,7 @@ class DeltaEngine:
     def output(self, batch: Any) -> Tensor:
         """Output of the model as it is, (B, ...), by way of a whole stack: what planning measures."""
         with self._running():
-            out = self._forward(self._cast(batch), 0)
+            out = self._forward(cast(batch, self.dtype, self._images), 0)
             return (out.stacked[0] if isinstance(out, Carried) else out).clone()
 
     def score(self, batch: Any) -> Result:
@@ -186,7 +190,7 @@ class DeltaEngine:
             NotCarried: the model did something on this batch that a stack cannot follow.
         """
         with self._running():
-            batch, self._state.kept = self._cast(batch), self._kept
+            batch, self._state.kept = cast(batch, self.dtype, self._images), self._kept
             try:
                 return joined([self._scored(batch, number) for number in range(len(self._sets))])
             finally:
@@ -234,14 +238,3 @@ class DeltaEngine:
             fresh(self._state),
         ):
             yield
-
-    def _cast(self, batch: Any) -> Any:
-        """Floating inputs in the engine's dtype, images channels-last where there are convolutions."""
-
-        def cast(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            image = self._images and tensor.dim() == 4
-            return tensor.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
-
-        return mapped(cast, batch)

@@ -13,9 +13,11 @@ from finf_fast import ops
 from finf_fast.delta.arithmetic import mapped_change, mul, put_in_place, wide
 from finf_fast.delta.integers import collapse
 from finf_fast.delta.stack import Stack, values_of
-from finf_fast.delta.structure import cast
+from finf_fast.delta.structure import behind, cast
 from finf_fast.delta.table import rule
 from finf_fast.reference import changes
+
+NOTHING = 1e-3  # of a vector's length, below which what is left of it is taken from the vector, not from the change
 
 
 def activation(kind: str) -> Callable[..., Stack]:
@@ -239,4 +241,15 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
     kind = input.dtype
     input = cast(input, torch.promote_types(kind, torch.float32))  # rounded once, at the end
     length = vector_norm(input, p, dim, keepdim=True)
-    return cast(input / length.clamp(min=eps), kind)
+    found = input / length.clamp(min=eps)
+    return cast(found if p != 2 else _collapsed(found, input, dim, eps), kind)
+
+
+def _collapsed(found: Stack, input: Stack, dim: int, eps: float) -> Stack:
+    """Where a step leaves next to nothing of a vector, its length as value plus change has lost ``eps`` and itself."""
+    stack, place = found.stacked, behind(dim)  # no look at values: a GPU would be waited for
+    after = input.stacked[:1] + input.stacked[1:]
+    length = after.norm(2, place, keepdim=True)
+    gone = length < NOTHING * input.stacked[:1].norm(2, place, keepdim=True)
+    changes = torch.where(gone, after / length.clamp(min=eps) - stack[:1], stack[1:])
+    return Stack(torch.cat([stack[:1], changes]))

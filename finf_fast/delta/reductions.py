@@ -209,11 +209,45 @@ _extreme("max", maximum)
 _extreme("min", minimum)
 
 
+def _side_by_side(
+    spatial: int, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> tuple[int, ...] | None:
+    """The window of a pool whose windows neither overlap nor reach beyond the edge, None of others."""
+    kernel, stride, padding, dilation = (
+        tuple(n) if isinstance(n, (tuple, list)) else (n,) * spatial
+        for n in (kernel_size, stride or kernel_size, padding, dilation)
+    )
+    plain = stride == kernel and not any(padding) and set(dilation) == {1} and not ceil_mode
+    return kernel if plain else None
+
+
+def _pooled(input: Stack, window: tuple[int, ...], pool: Any) -> Stack | None:
+    """Each window's largest number and its change, max((x - m) + d) for a base whose largest is m.
+
+    The difference x - m is exact where the two are within a factor of two, as they are where a change decides; far
+    below m its rounding is one of the change that it would take. None where a largest number is not finite.
+    """
+    s = input.stacked
+    s = s[(..., *(slice(n // k * k) for n, k in zip(s.shape[-len(window) :], window, strict=True)))]
+    largest = pool(s[0], window)
+    if not bool(largest.isfinite().all()):
+        return None
+    spread = largest
+    for place, k in enumerate(window, start=-len(window)):
+        spread = spread.repeat_interleave(k, place)
+    wide = torch.promote_types(s.dtype, torch.float32)
+    below = s[0].to(wide) - spread
+    changes = pool((s[1:] + below).flatten(0, 1), window).unflatten(0, (len(s) - 1, len(largest)))
+    return Stack(torch.cat([largest[None], changes.to(s.dtype)]))
+
+
 def _pool(name: str, spatial: int) -> None:
     function = getattr(F, f"{name}_with_indices")
 
     def values(input, *args, return_indices=False, **kwargs):
-        return both(input, *args, **kwargs)[0]
+        window = _side_by_side(spatial, *args, **kwargs) if name.startswith("max") else None
+        found = _pooled(input, window, getattr(F, name)) if window and input.dim() == spatial + 2 else None
+        return both(input, *args, **kwargs)[0] if found is None else found
 
     def both(input, *args, return_indices=True, **kwargs):
         kwargs["return_indices"] = True

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finf_fast.records import BadSample
 
+Draw = Callable[[Sequence[int]], Tensor]
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -93,9 +94,21 @@ class Loss(ABC):
         """The same from the head's input, without forming logits; None where this loss needs them."""
         return None
 
-    @abstractmethod
     def per_sample(self, model: Any, batch: Any) -> Tensor:
-        """(B,) losses in plain torch, differentiable: what a mirror step ascends or descends."""
+        """(B,) losses in plain torch, differentiable."""
+        return self.judged(self.output(model, batch), batch)
+
+    @abstractmethod
+    def judged(self, value: Tensor, batch: Any) -> Tensor:
+        """(B,) losses of an output (B, ...), differentiable."""
+
+    def precise(self, model: Any, batch: Any) -> Tensor:
+        """As :meth:`per_sample`, with a gradient as exact as the model's output is."""
+        return self.per_sample(model, batch)
+
+    def without_target(self, batch: Any) -> Tensor | None:
+        """(B,) bool: samples that have no loss because nothing of theirs counts; None where that can't be."""
+        return None
 
     def check(self, batch: Any, outputs: int | None, vocabulary: int | None) -> None:  # noqa: B027 (a loss may accept anything)
         """Raises :class:`BadSample` for a value that cannot be scored.
@@ -104,6 +117,35 @@ class Loss(ABC):
             outputs: width V of the model's output, the number of classes.
             vocabulary: number of token ids the model's embedding knows, where there is one.
         """
+
+    def fisher(self, value: Tensor, batch: Any, draw: Draw | None) -> Tensor:
+        """(B,) numbers whose gradients have the curvature of :meth:`per_sample` as their second moment.
+
+        With ``draw`` it is the mean over labels that the model itself draws, the true Fisher, which is the Gauss-Newton
+        matrix of this loss, its mean over tokens included: the gradients of a sample's T tokens enter over √T. Without
+        it the labels are the batch's own: the empirical Fisher.
+
+        Args:
+            value: the model's output (B, ...), with its graph.
+            draw: shape -> (B, *shape) float32 standard normal numbers, each sample's own.
+
+        Raises:
+            ValueError: ``draw`` is given and this loss names no distribution of labels.
+        """
+        raise ValueError(
+            f"loss: {self.name!r} names no distribution to draw labels from; the empirical Fisher needs none"
+        )
+
+    def gauss_newton(self, value: Tensor, batch: Any, tangent: Tensor) -> Tensor:
+        """H t for each sample: the second derivative of :meth:`per_sample` by the model's output, times ``tangent``.
+
+        Args:
+            value, tangent: (B, ...), without graph.
+
+        Raises:
+            ValueError: this loss does not know it.
+        """
+        raise ValueError(f"loss: the curvature of {self.name!r} is not known; the empirical Fisher needs none")
 
     def settings(self) -> dict[str, Any]:
         """What changes the numbers, for the manifest."""
@@ -117,6 +159,19 @@ def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return tuple(mapped(function, value) for value in batch)
     return function(batch) if isinstance(batch, Tensor) else batch
+
+
+def cast(batch: Any, dtype: torch.dtype, images: bool) -> Any:
+    """Floating-point tensors of a batch in ``dtype``; 4-D ones channels-last where they are ``images``: what
+    convolutions on a processor read fastest."""
+
+    def one(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        image = images and tensor.dim() == 4
+        return tensor.to(dtype, memory_format=torch.channels_last if image else torch.preserve_format)
+
+    return mapped(one, batch)
 
 
 def batch_size(batch: Any) -> int:

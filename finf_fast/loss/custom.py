@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finf_fast.loss.base import Loss, Result, batch_size
+from finf_fast.loss.base import Draw, Loss, Result, batch_size
 
 
 class Custom(Loss):
@@ -43,8 +43,11 @@ class Custom(Loss):
     def finish(self, value: Tensor, change: Tensor, batch: Any) -> Result:
         return Result(value, change)
 
-    def per_sample(self, model: Any, batch: Any) -> Tensor:
-        return self.output(model, batch)
+    def fisher(self, value: Tensor, batch: Any, draw: Draw | None) -> Tensor:
+        return value if draw is None else super().fisher(value, batch, draw)
+
+    def judged(self, value: Tensor, batch: Any) -> Tensor:
+        return value
 
 
 def _code_of(function: Any) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finf_fast import ops
-from finf_fast.loss.base import Head, Loss, Result, check_range, prediction, split
+from finf_fast.loss.base import Draw, Head, Loss, Result, check_range, prediction, split
 
 TOKEN_KEYS = ("input_ids", "decoder_input_ids")
 
@@ -65,6 +65,10 @@ class CrossEntropy(Loss):
             raise TypeError(f"target: wanted class indices (integers), got {target.dtype}")
         return target
 
+    def without_target(self, batch: Any) -> Tensor:
+        target = self.target(batch)
+        return (target == self.ignore_index).view(len(target), -1).all(1)
+
     def check(self, batch: Any, outputs: int | None, vocabulary: int | None) -> None:
         if outputs is not None:
             check_range("label", self.target(batch), outputs, self.ignore_index)
@@ -107,11 +111,16 @@ class CrossEntropy(Loss):
 
     def per_sample(self, model: Any, batch: Any) -> Tensor:
         logits = self.output(model, batch)
+        return self.judged(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, batch)
+
+    def precise(self, model: Any, batch: Any) -> Tensor:
+        """In float64 from the logits on: in float32 the gradient p - 1 of a target learnt by heart is 0 from 6e-8."""
+        return self.judged(self.output(model, batch).double(), batch)
+
+    def judged(self, logits: Tensor, batch: Any) -> Tensor:
         target = self._rows_of(logits.shape, batch)
         rows = F.cross_entropy(
-            logits.reshape(target.numel(), -1).float()
-            if logits.dtype in (torch.bfloat16, torch.float16)
-            else logits.reshape(target.numel(), -1),
+            logits.reshape(target.numel(), -1),
             target,
             reduction="none",
             ignore_index=self.ignore_index,
@@ -119,6 +128,32 @@ class CrossEntropy(Loss):
         ).view(logits.shape[0], -1)
         counts = (target != self.ignore_index).view(logits.shape[0], -1).sum(1)
         return rows.sum(1) / counts if self.reduction == "mean" else rows.sum(1)
+
+    def fisher(self, value: Tensor, batch: Any, draw: Draw | None) -> Tensor:
+        target = self._rows_of(value.shape, batch)
+        counted = (target != self.ignore_index).view(len(value), -1)
+        z = value.reshape(target.numel(), -1)
+        smoothing = self.label_smoothing
+        if draw is not None:  # the curvature of a smoothed loss is that of the plain one: they differ by linear terms
+            drawn = _drawn(z.detach(), draw((counted.shape[1],)))
+            target, smoothing = drawn.masked_fill(~counted.view(-1), self.ignore_index), 0.0
+        rows = F.cross_entropy(
+            *(z, target), reduction="none", ignore_index=self.ignore_index, label_smoothing=smoothing
+        )
+        return rows.view(counted.shape).sum(1) * self._weights(counted).sqrt()
+
+    def gauss_newton(self, value: Tensor, batch: Any, tangent: Tensor) -> Tensor:
+        counted = (self._rows_of(value.shape, batch) != self.ignore_index).view(len(value), -1)
+        p, t = value.softmax(-1), tangent
+        product = p * (t - (p * t).sum(-1, keepdim=True))
+        weights = counted * self._weights(counted)[:, None]
+        return product * weights.view(*value.shape[:-1], 1)
+
+    def _weights(self, counted: Tensor) -> Tensor:
+        """(B,) what each row of a sample counts in its loss; of samples without any, nothing."""
+        counts = counted.sum(1)
+        each = counts.clamp(min=1).reciprocal() if self.reduction == "mean" else 1.0
+        return (counts > 0) * each
 
     def _rows_of(self, shape: Sequence[int], batch: Any) -> Tensor:
         """(N,) targets, one for each row of logits of this shape (B, ..., V)."""
@@ -224,6 +259,13 @@ class Seq2Seq(CrossEntropy):
                 )
             inputs["decoder_input_ids"] = shift(labels=batch["labels"])
         return _token_logits(prediction(model(**inputs)))
+
+
+def _drawn(z: Tensor, normal: Tensor) -> Tensor:
+    """(N,) classes drawn from softmax(z), z (N, V): where each row's uniform number, Φ(normal), falls in the sums."""
+    sums = z.softmax(-1).cumsum(-1)
+    wanted = torch.special.ndtr(normal.reshape(-1, 1).double()).to(sums) * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=z.shape[-1] - 1)
 
 
 def _token_logits(logits: Tensor) -> Tensor:

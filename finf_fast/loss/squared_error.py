@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from finf_fast import ops
-from finf_fast.loss.base import Loss, Result, prediction, split
+from finf_fast.loss.base import Draw, Loss, Result, prediction, split
 
 
 class SquaredError(Loss):
@@ -36,9 +36,21 @@ class SquaredError(Loss):
         base, delta = ops.squared_error_delta(p, dp, y.reshape(samples, D))
         return Result(base / D, delta / D) if self.reduction == "mean" else Result(base, delta)
 
-    def per_sample(self, model: Any, batch: Any) -> Tensor:
-        p = self.output(model, batch)
-        return self._reduce((p - self._target(p, batch)).square(), 1)
+    def judged(self, value: Tensor, batch: Any) -> Tensor:
+        return self._reduce((value - self._target(value, batch)).square(), 1)
+
+    def fisher(self, value: Tensor, batch: Any, draw: Draw | None) -> Tensor:
+        if draw is None:
+            return self.judged(value, batch)
+        normal = draw(value.shape[1:]).to(value)  # of the likelihood whose minus logarithm this loss is
+        return (value * normal).flatten(1).sum(1) * self._second(value) ** 0.5
+
+    def gauss_newton(self, value: Tensor, batch: Any, tangent: Tensor) -> Tensor:
+        return tangent * self._second(value)
+
+    def _second(self, value: Tensor) -> float:
+        """The second derivative of a sample's loss by each of its elements."""
+        return 2.0 / max(1, value[0].numel()) if self.reduction == "mean" else 2.0
 
     def _target(self, p: Tensor, batch: Any) -> Tensor:
         y = split(batch)[2]

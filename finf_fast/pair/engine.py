@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finf_fast import fold
-from finf_fast.loss import Loss, Result, joined, mapped
+from finf_fast.loss import Loss, Result, cast, joined, mapped
 from finf_fast.pair.linear import OneDnnLinear
 from finf_fast.pair.weights import WeightSets
 from finf_fast.reference import product
@@ -43,6 +43,7 @@ class PairEngine:
 
     name = "pair"
     rows = 1  # of a sample under way at once
+    columns = 1  # of a text's batch, a multiple: any number
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class PairEngine:
         A model that writes into its input is found out here; it is given a copy for every forward from then on.
         """
         with self._settings():
-            batch = self._cast(mapped(torch.clone, batch))
+            batch = cast(mapped(torch.clone, batch), self.dtype, self._images)
             before = _versions(batch)
             with torch.inference_mode():
                 value = self._forward(self._weights.base, batch)
@@ -99,7 +100,7 @@ class PairEngine:
     def score(self, batch: Any) -> Result:
         """Base and delta of every sample of a batch that lies on the engine's device."""
         with self._settings(), torch.inference_mode():
-            batch = self._cast(batch)
+            batch = cast(batch, self.dtype, self._images)
             value = self._forward(self._weights.base, batch)
             parts = [self.loss.finish(value, change, batch) for change in self._changes(value, batch)]
         return joined(parts)
@@ -135,17 +136,6 @@ class PairEngine:
             if self._onednn:
                 stack.enter_context(OneDnnLinear())
             yield
-
-    def _cast(self, batch: Any) -> Any:
-        """Floating inputs in the engine's dtype, images channels-last where there are convolutions."""
-
-        def cast(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            image = self._images and tensor.dim() == 4
-            return tensor.to(self.dtype, memory_format=torch.channels_last if image else torch.preserve_format)
-
-        return mapped(cast, batch)
 
 
 def _same(tensor: Tensor) -> Tensor:

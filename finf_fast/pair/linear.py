@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from finf_fast.calls import by_place
 from finf_fast.reference import product
 
 
@@ -18,6 +19,8 @@ class OneDnnLinear(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in (F.linear, torch.addmm) and kwargs:
+            args, kwargs = by_place(func, args, kwargs)
         if func is F.linear:
             return product.linear(*args, **kwargs)
         if func is torch.addmm and not kwargs and len(args) == 3 and args[0].shape == args[2].shape[1:]:

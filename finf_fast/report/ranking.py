@@ -6,9 +6,6 @@ from typing import Any
 
 import numpy as np
 
-# Samples read at a time when all queries' columns are needed: 50 queries of float64 are then 26 MB.
-ROWS = 1 << 16
-
 
 def spread(scores: Any) -> np.ndarray:
     """(S,) float64: root mean square of each sample's influence over the queries.
@@ -22,13 +19,10 @@ def spread(scores: Any) -> np.ndarray:
     Raises:
         ValueError: fewer than two queries, which would leave nothing but signs.
     """
-    queries, samples = scores.delta.shape
+    queries = len(scores.delta) + len(scores.background)
     if queries < 2:
         raise ValueError(f"scores: wanted at least 2 queries to compare, got {queries}")
-    squares = np.empty(samples)
-    for row in range(0, samples, ROWS):
-        squares[row : row + ROWS] = np.square(scores.delta[:, row : row + ROWS], dtype=np.float64).mean(0)
-    return np.sqrt(squares)
+    return scores.spread()
 
 
 class Ranking:
