@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -32,6 +33,21 @@ struct Job {
     }
 };
 
+// Who is woken comes 10 to 20 us late, as long as it takes to convert 512 KiB: a reader of one batch after another is
+// better off staying up for the next. Measured (Zen 5, 2 threads): batches of 2 MiB come 1.4 times as fast, of 8 MiB
+// 1.15 times. It gives way to whoever wants the core meanwhile, and a sweep takes as long as before.
+constexpr std::chrono::microseconds STAYS_UP(50);
+
+// Returns with `ready`, and sleeps only after a while of looking.
+template <class Ready>
+void await(std::condition_variable& said, std::unique_lock<std::mutex>& lock, const Ready& ready) {
+    lock.unlock();
+    const auto end = std::chrono::steady_clock::now() + STAYS_UP;
+    while (!ready() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    lock.lock();
+    said.wait(lock, ready);
+}
+
 class Pool {
   public:
     const pid_t process = getpid();
@@ -48,14 +64,14 @@ class Pool {
         job.drain();
         std::unique_lock<std::mutex> lock(state_);
         seats_ = 0;
-        idle_.wait(lock, [this] { return busy_ == 0; });
+        await(idle_, lock, [this] { return busy_ == 0; });
     }
 
   private:
     void work() {
         std::unique_lock<std::mutex> lock(state_);
         for (;;) {
-            wake_.wait(lock, [this] { return seats_ > 0; });
+            await(wake_, lock, [this] { return seats_ > 0; });
             --seats_;
             ++busy_;
             Job* job = job_;
@@ -69,7 +85,8 @@ class Pool {
     std::mutex entry_, state_;
     std::condition_variable wake_, idle_;
     Job* job_ = nullptr;
-    int64_t seats_ = 0, busy_ = 0, workers_ = 0;
+    std::atomic<int64_t> seats_{0}, busy_{0};
+    int64_t workers_ = 0;
 };
 
 // Threads do not survive a fork and a mutex may be forked while held, so a child leaves its parent's pool untouched

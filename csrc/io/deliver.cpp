@@ -22,8 +22,8 @@ namespace {
 // Bytes of the file that are converted at a time: read into memory that stays in a second-level cache of 512 KiB or
 // more, with what they become. Of a mapping more, since each piece costs two calls that stop the other threads.
 constexpr int64_t READ_PIECE = int64_t{1} << 17, MAP_PIECE = int64_t{1} << 21;
-// Of the file for each thread that is woken: sleeping ones take longer to come than it takes to convert less.
-constexpr int64_t WORTH_WAKING = 3 * READ_PIECE;
+// Of the file for each thread: one that has gone to sleep takes longer to come than it takes to convert less.
+constexpr int64_t WORTH_WAKING = 2 * READ_PIECE;
 // Between two rows; what is less is read along with them, which costs less than another call.
 constexpr int64_t MOST_GAP = 4096;
 constexpr int64_t STORED_BYTES[] = {1, 1, 2, 2, 4, 4, 8};
