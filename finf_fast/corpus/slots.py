@@ -36,14 +36,14 @@ class Slots:
         if torch.cuda.is_initialized():
             # torch keeps slots of its own here, and knows until when a copy to the device still reads from one.
             return torch.empty(shape, dtype=dtype, pin_memory=True)
-        count = math.prod(shape) * dtype.itemsize
+        items = math.prod(shape)
+        count = items * dtype.itemsize
         if count < SMALL:
             return torch.empty(shape, dtype=dtype)
         memory = self._found(count)
-        memory = np.empty(count + ALIGNMENT, np.uint8) if memory is None else memory
-        first = -memory.ctypes.data % ALIGNMENT
-        lent = np.asarray(_Lease(self._waiting, memory))[first : first + count]
-        return torch.from_numpy(lent).view(dtype).view(shape)
+        lent = (_aligned(count) if memory is None else memory).view(_Lease)
+        lent.waiting = self._waiting
+        return torch.frombuffer(lent, dtype=dtype, count=items).view(shape)
 
     def _found(self, count: int) -> np.ndarray | None:
         """A slot that waits, large enough and not wastefully so."""
@@ -52,21 +52,25 @@ class Slots:
                 memory = self._waiting.popleft()
             except IndexError:
                 return None
-            if count + ALIGNMENT <= memory.nbytes <= 4 * count:
+            if count <= memory.nbytes <= 4 * count:
                 return memory
             _take_back(self._waiting, memory)
         return None
 
 
-class _Lease:
-    """What a batch's arrays are made of: its end is the end of the last of them."""
+class _Lease(np.ndarray):
+    """A view of a slot that a batch's tensors are made of: its end is the end of the last of them."""
 
-    def __init__(self, waiting: deque[np.ndarray], memory: np.ndarray):
-        self.__array_interface__ = memory.__array_interface__
-        self._waiting, self._memory = waiting, memory
+    waiting: deque[np.ndarray]
 
     def __del__(self):
-        _take_back(self._waiting, self._memory)
+        _take_back(self.waiting, self.view(np.ndarray))
+
+
+def _aligned(count: int) -> np.ndarray:
+    memory = np.empty(count + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return memory[first : first + count]
 
 
 def _take_back(waiting: deque[np.ndarray], memory: np.ndarray) -> None:
