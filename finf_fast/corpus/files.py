@@ -97,7 +97,8 @@ class MappedFile:
         """
         count = stop - start if count is None else count
         opened, way = self._open(), way or self.reading.way(count)
-        self._require(stop, os.fstat(opened.descriptor).st_size)
+        # What ends too early is noticed while it is read; only of a mapping it has to be known before.
+        self._require(stop, os.fstat(opened.descriptor).st_size if way == "map" else self.size)
         since = time.perf_counter()
         yield Source(opened.descriptor, *(opened.mapping() if way == "map" else (0, 0)))
         self.reading.note(way, count, time.perf_counter() - since)
