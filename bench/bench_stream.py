@@ -1,15 +1,17 @@
-"""Data on its way to the model, cache warm: against copying what is delivered, DataLoader, and no loading at all.
+"""Data on its way to the model: against copying what is delivered, DataLoader, and no loading at all.
 
 DataLoader is given what people write for these files: a Dataset over a memory map, a sample at a time, no workers
 (one or two are slower here); of images one Dataset with the arithmetic alone, and where torchvision is installed one
-with its transforms. The end-to-end row is a sweep with a small model over a file, against the same sweep over
-tensors that are in memory already.
+with its transforms. The end-to-end rows are sweeps with a small model over a file, against the same sweep over
+tensors that are in memory already. All that with the file in the page cache; the cold row begins without it, against
+read(2) of the file, whichever of 1 and 8 MiB a call is faster.
 
     python bench/bench_stream.py [--save] [--quick]
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -42,6 +44,7 @@ class Row:
     dataloader_ratio: float | None = None
     torchvision_ratio: float | None = None  # to DataLoader with torchvision's transforms
     percent_of_compute: float | None = None
+    percent_of_readv: float | None = None
 
     def line(self) -> str:
         parts = [f"{self.case:44} | {self.samples_per_s:12,.0f}/s | {self.gb_per_s:5.1f} GB/s delivered"]
@@ -52,6 +55,8 @@ class Row:
             parts.append(f"{self.torchvision_ratio:5.1f} x DataLoader with torchvision")
         if self.percent_of_compute is not None:
             parts.append(f"{self.percent_of_compute:5.1f} % of the speed without loading")
+        if self.percent_of_readv is not None:
+            parts.append(f"{self.percent_of_readv:5.1f} % of plain reading")
         return " | ".join(parts)
 
 
@@ -185,6 +190,45 @@ def sweeping(hidden: int, from_file, in_memory, rounds: int) -> Row:
     return Row(case, len(from_file) / spent, size, percent_of_compute=share)
 
 
+def evict(path: Path) -> bool:
+    """Out of the page cache; False where that cannot be (a disk in memory)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def plainly_read(path: Path, size: int) -> Callable[[], None]:
+    room = bytearray(size)
+
+    def run() -> None:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+
+    return run
+
+
+def cold(case: str, path: Path, rounds: int) -> Row | None:
+    """A pass over a file that is not in the page cache, at least three rounds of it: a disk varies."""
+    if not evict(path):
+        print(f"without a cold row: {path.parent} is kept in memory")
+        return None
+    corpus = open_corpus(path, window=WINDOW)
+    ways = {"ours": through(corpus), **{f"{size} MiB": plainly_read(path, size << 20) for size in (1, 8)}}
+    seconds = measure.interleaved(ways, max(rounds, 3), before=lambda: evict(path))
+    spent = {way: measure.median_ms(each) / 1e3 for way, each in seconds.items()}
+    read = min(spent["1 MiB"], spent["8 MiB"])
+    size = 8 * WINDOW * len(corpus) / spent["ours"] / 1e9
+    return Row(case, len(corpus) / spent["ours"], size, percent_of_readv=100 * read / spent["ours"])
+
+
 def run(folder: Path, samples: int, rounds: int) -> list[Row]:
     draw = np.random.default_rng(0)
     tokens, images, labels = (folder / name for name in ("train.bin", "images.npy", "labels.npy"))
@@ -201,7 +245,9 @@ def run(folder: Path, samples: int, rounds: int) -> list[Row]:
     corpus = open_corpus((images, labels), **pixels)
     memory = corpus.read(0, len(corpus))
     # Of the first net, pixels made on the cores that compute are a 25th of the work; of the second, a 100th.
-    return [*rows, *(sweeping(hidden, corpus, memory, rounds) for hidden in (128, 512))]
+    rows += [sweeping(hidden, corpus, memory, rounds) for hidden in (128, 512)]
+    from_disk = cold(f"windows of {WINDOW}, cold", tokens, rounds)
+    return rows if from_disk is None else [*rows, from_disk]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,11 +14,17 @@ __all__ = ["interleaved", "median_ms", "peak_mib", "ratio"]
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, after one that is not counted (first touch of memory, threads starting)."""
+def interleaved(
+    ways: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one that is not counted (first touch of memory, threads starting).
+
+    ``before`` is called before every one, and takes no time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for counted in [False] + [True] * rounds:
         for name, work in ways.items():
+            before()
             since = time.perf_counter()
             work()
             if counted:
