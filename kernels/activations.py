@@ -72,7 +72,7 @@ def _gate(x, KIND: tl.constexpr):
     if KIND == "gelu_tanh":
         y = x * (SLOPE + CUBIC * (x * x))
     elif KIND == "quick_gelu":
-        y = QUICK_SLOPE * x
+        y = x * QUICK_SLOPE
     elif KIND == "tanh":
         y = 2.0 * x
     else:
@@ -127,7 +127,7 @@ def _near_step_of_normal(density, h, d):
     # e^x − 1, fitted for |x| <= 1/4 (8.5e-8)
     by = x * (1.0 + x * (0.49999826127 + x * (0.16666738689 + x * (0.04177515209 + x * 0.00833333004))))
     bend = (k2 * (k2 - 6.0 * u) + 3.0 * u * u) * (1.0 / 1920) + (k2 - u) * (1.0 / 24)
-    return ROOT * density * (d + d * (by + bend + by * bend))  # d (1 + by) (1 + bend)
+    return density * ROOT * (d + d * (by + bend + by * bend))  # d (1 + by) (1 + bend)
 
 
 @triton.jit

@@ -213,7 +213,7 @@ def _change_kernel(
     if SCORES_MOVE:
         y = load_block(Y, head, first, T, EV, BLOCK_M, WIDTH_V)
         write(OUT, (N - y * d[:, None]) * inverse(d1)[:, None], head, first, T, EV)
-        large = tl.where(d1 < LEAST_LEFT * d0, 1.0, 0.0)
+        large = tl.where(d1 < d0 * LEAST_LEFT, 1.0, 0.0)
         tl.store(LARGE + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), large)
     else:
         write(OUT, N * inverse(d0)[:, None], head, first, T, EV)
@@ -225,7 +225,7 @@ def _first_mean(gained, p, total):
 
     In the measure in which the leading key, with its gain of 0, has the row for itself, b goes to 0 too.
     """
-    return tl.where(p > LEAST_SHARE * total, gained / p * (1.0 - 1.0 / total), 0.0)
+    return tl.where(p > total * LEAST_SHARE, gained / p * (1.0 - 1.0 / total), 0.0)
 
 
 @triton.jit
