@@ -70,7 +70,7 @@ def _far_product(before, after, d, by_product):
 def _gate(x, KIND: tl.constexpr):
     """y where the function is x sigmoid(y), or sigmoid(y) itself, or tanh(y / 2)."""
     if KIND == "gelu_tanh":
-        y = x * (SLOPE + CUBIC * (x * x))
+        y = x * (x * x * CUBIC + SLOPE)
     elif KIND == "quick_gelu":
         y = x * QUICK_SLOPE
     elif KIND == "tanh":
@@ -84,7 +84,7 @@ def _gate(x, KIND: tl.constexpr):
 def _gate_change(h, d, KIND: tl.constexpr):
     if KIND == "gelu_tanh":
         h1 = h + d
-        dy = d * (SLOPE + CUBIC * ((h + h1) * h1 + h * h))
+        dy = d * (((h + h1) * h1 + h * h) * CUBIC + SLOPE)
     else:
         dy = _gate(d, KIND)  # the others are straight
     return dy
