@@ -218,6 +218,40 @@ def test_auto_takes_the_way_that_is_faster_by_enough():
         assert f"read 0.3 GB/s, map {0.262144 / mapped:.1f} GB/s" in words["io_reason"]
 
 
+def test_what_the_disk_still_has_to_bring_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
+    reading = Reading()
+    while reading.describe()["io"] == "auto":
+        way = reading.way(TRIAL_BYTES)
+        reading.note(way, TRIAL_BYTES, 1e-6 if way == "map" else 1e-3)
+    assert reading.way(TRIAL_BYTES, lambda: True) == "read" and reading.way(TRIAL_BYTES, lambda: False) == "map"
+    path, asked = write(tmp_path / "x.bin", bytes(4 << 20)), []
+    monkeypatch.setattr(files, "_waits", lambda descriptor, byte: asked.append(byte) or True)
+    for io, times in [("map", 0), ("read", 0), ("auto", TRIALS)]:
+        corpus = open_corpus(path, window=1024, io=io)
+        for _ in range(TRIALS):
+            corpus.read(0, 1024)
+        assert len(asked) == times, io
+    assert set(asked) == {(1 << 21) - 1} and corpus.describe()["io_reason"].startswith("fewer than 16 readings")
+
+
+def test_it_waits_for_a_disk_only(tmp_path):
+    path = write(tmp_path / "x.bin", bytes(4 << 20))
+    with open(path, "rb") as file:
+        file.read()
+        assert not files._waits(file.fileno(), 100) and not files._waits(file.fileno(), 5 << 20)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 100, os.RWF_NOWAIT)
+        except BlockingIOError:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert files._waits(file.fileno(), 3 << 20)
+        except OSError:
+            pytest.skip("this file system does not say what is in memory")
+        else:
+            pytest.skip("this file system keeps what it was asked to let go of")
+
+
 def test_small_readings_prove_nothing():
     reading = Reading()
     for _ in range(100):

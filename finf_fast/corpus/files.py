@@ -96,7 +96,8 @@ class MappedFile:
             DamagedFile: as for :meth:`view`.
         """
         count = stop - start if count is None else count
-        opened, way = self._open(), way or self.reading.way(count)
+        opened = self._open()
+        way = way or self.reading.way(count, lambda: _waits(opened.descriptor, stop - 1))
         # What ends too early is noticed while it is read; only of a mapping it has to be known before.
         self._require(stop, os.fstat(opened.descriptor).st_size if way == "map" else self.size)
         since = time.perf_counter()
@@ -291,6 +292,17 @@ def _held_open(file: MappedFile) -> None:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _waits(descriptor: int, byte: int) -> bool:
+    """Whether the disk still has to bring that byte; False where the system does not say."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], byte, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except (AttributeError, OSError):  # neither of all systems nor of all file systems
+        return False
+    return False
 
 
 def _on_network(descriptor: int) -> bool:
