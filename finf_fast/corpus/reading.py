@@ -1,10 +1,10 @@
 """How the files of one corpus are read: mapped or by pread, with how many threads, into which memory.
 
 A mapping saves a copy, and costs calls that stop the process's other threads; which is faster depends on kernel and
-machine, so the first readings of some size try both in turn. What still has to come from the disk is read: a mapping's
-pages come with less reading ahead (256 MiB of tokens: .84 of a plain read's speed, against .88). A mapped file that shrinks between the check of a piece
-and its use would end the process, if the compiled loops did not handle that signal (csrc/io/rescue.h); pread needs no
-such help, so mapping has to be worth it.
+machine, so the first readings of some size try both in turn. What still has to come from the disk is read: of a mapping
+the system reads less ahead (256 MiB of tokens came at .84 of a plain read's speed, against .88). A mapped file that
+shrinks between the check of a piece and its use would end the process, if the compiled loops did not handle that signal
+(csrc/io/rescue.h); pread needs no such help, so mapping has to be worth it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Reading:
             self._way, self._reason = "read", "a file lies on a network file system"
 
     def way(self, count: int, waits: Callable[[], bool] = lambda: False) -> str:
-        """``"map"`` or ``"read"`` for the next reading, of ``count`` bytes; ``waits`` says if the disk has to bring some."""
+        """``"map"`` or ``"read"`` for the next reading, of ``count`` bytes; ``waits``: must the disk bring some?"""
         if self._asked != "auto":
             return self._asked
         tried = {way: len(seconds) for way, seconds in self._seconds.items()}
