@@ -1,4 +1,4 @@
-// Standard normal numbers as a function of (seed, sample, draw, position), with the CPU's bits; see philox.h.
+// Standard normal numbers as a function of (seed, sample, draw, position), with the CPU's bits; see philox.inl.h.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // AVX2 and FMA: eight lanes.
-#include "../../philox.h"
+#include "../../numerics.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -132,6 +132,38 @@ FINF_INLINE Vec zip_low(Vec a, Vec b) {
 FINF_INLINE Vec zip_high(Vec a, Vec b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31);
 }
+
+// Eight words of 32 bits.
+struct Words {
+    __m256i v;
+    Words() = default;
+    Words(__m256i lanes) : v(lanes) {}
+    explicit Words(uint32_t x) : v(_mm256_set1_epi32(static_cast<int>(x))) {}
+};
+
+FINF_INLINE Words operator+(Words a, Words b) { return _mm256_add_epi32(a.v, b.v); }
+FINF_INLINE Words operator-(Words a, Words b) { return _mm256_sub_epi32(a.v, b.v); }
+FINF_INLINE Words operator*(Words a, Words b) { return _mm256_mullo_epi32(a.v, b.v); }
+FINF_INLINE Words operator^(Words a, Words b) { return _mm256_xor_si256(a.v, b.v); }
+FINF_INLINE Words operator&(Words a, Words b) { return _mm256_and_si256(a.v, b.v); }
+FINF_INLINE Words operator|(Words a, Words b) { return _mm256_or_si256(a.v, b.v); }
+FINF_INLINE Words operator<<(Words a, int bits) { return _mm256_slli_epi32(a.v, bits); }
+FINF_INLINE Words operator>>(Words a, int bits) { return _mm256_srli_epi32(a.v, bits); }
+FINF_INLINE Words select_zero(Words asked, Words yes, Words no) {
+    return _mm256_blendv_epi8(no.v, yes.v, _mm256_cmpeq_epi32(asked.v, _mm256_setzero_si256()));
+}
+// The upper halves of products, of the even and of the odd lanes.
+FINF_INLINE Words high_product(Words a, Words b) {
+    const __m256i even = _mm256_mul_epu32(a.v, b.v);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
+    return _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+FINF_INLINE Words counting_from(uint32_t first) {
+    return _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), Words(first).v);
+}
+// Signed words as numbers, and the floats whose bits they are.
+FINF_INLINE Vec to_float(Words a) { return _mm256_cvtepi32_ps(a.v); }
+FINF_INLINE Vec as_float(Words a) { return _mm256_castsi256_ps(a.v); }
 
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/attention_delta.inl.h"

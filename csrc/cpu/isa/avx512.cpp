@@ -1,5 +1,5 @@
 // AVX-512 (F, BW, VL): sixteen lanes, masked loads, and an instruction for p 2^n.
-#include "../../philox.h"
+#include "../../numerics.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -115,6 +115,39 @@ FINF_INLINE Vec zip_high(Vec a, Vec b) {
     const __m512i from = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     return _mm512_permutex2var_ps(a.v, from, b.v);
 }
+
+// Sixteen words of 32 bits.
+struct Words {
+    __m512i v;
+    Words() = default;
+    Words(__m512i lanes) : v(lanes) {}
+    explicit Words(uint32_t x) : v(_mm512_set1_epi32(static_cast<int>(x))) {}
+};
+
+FINF_INLINE Words operator+(Words a, Words b) { return _mm512_add_epi32(a.v, b.v); }
+FINF_INLINE Words operator-(Words a, Words b) { return _mm512_sub_epi32(a.v, b.v); }
+FINF_INLINE Words operator*(Words a, Words b) { return _mm512_mullo_epi32(a.v, b.v); }
+FINF_INLINE Words operator^(Words a, Words b) { return _mm512_xor_si512(a.v, b.v); }
+FINF_INLINE Words operator&(Words a, Words b) { return _mm512_and_si512(a.v, b.v); }
+FINF_INLINE Words operator|(Words a, Words b) { return _mm512_or_si512(a.v, b.v); }
+FINF_INLINE Words operator<<(Words a, int bits) { return _mm512_slli_epi32(a.v, static_cast<unsigned>(bits)); }
+FINF_INLINE Words operator>>(Words a, int bits) { return _mm512_srli_epi32(a.v, static_cast<unsigned>(bits)); }
+FINF_INLINE Words select_zero(Words asked, Words yes, Words no) {
+    return _mm512_mask_blend_epi32(_mm512_testn_epi32_mask(asked.v, asked.v), no.v, yes.v);
+}
+// The upper halves of products, of the even and of the odd lanes.
+FINF_INLINE Words high_product(Words a, Words b) {
+    const __m512i even = _mm512_mul_epu32(a.v, b.v);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
+    return _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+FINF_INLINE Words counting_from(uint32_t first) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(lanes, Words(first).v);
+}
+// Signed words as numbers, and the floats whose bits they are.
+FINF_INLINE Vec to_float(Words a) { return _mm512_cvtepi32_ps(a.v); }
+FINF_INLINE Vec as_float(Words a) { return _mm512_castsi512_ps(a.v); }
 
 // c + x0 w0 + x1 w1, where x and w hold two bfloat16 a lane. Written as the instruction itself, which processors with
 // AVX512-BF16 have: what else is in this file must run without. choose.cpp asks.

@@ -4,7 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../philox.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "../../numerics.h"
 #include "kernels.h"
 
 namespace {
@@ -117,6 +121,41 @@ FINF_INLINE void store_first(T* p, Vec a, int64_t count) {
 // a0 b0 a1 b1: the lower halves of a and b, and the upper halves.
 FINF_INLINE Vec zip_low(Vec a, Vec b) { return F4{a.v[0], b.v[0], a.v[1], b.v[1]}; }
 FINF_INLINE Vec zip_high(Vec a, Vec b) { return F4{a.v[2], b.v[2], a.v[3], b.v[3]}; }
+
+// Four words of 32 bits.
+struct Words {
+    U4 v;
+    Words() = default;
+    Words(U4 lanes) : v(lanes) {}
+    explicit Words(uint32_t x) : v{x, x, x, x} {}
+};
+
+FINF_INLINE Words operator+(Words a, Words b) { return a.v + b.v; }
+FINF_INLINE Words operator-(Words a, Words b) { return a.v - b.v; }
+FINF_INLINE Words operator*(Words a, Words b) { return a.v * b.v; }
+FINF_INLINE Words operator^(Words a, Words b) { return a.v ^ b.v; }
+FINF_INLINE Words operator&(Words a, Words b) { return a.v & b.v; }
+FINF_INLINE Words operator|(Words a, Words b) { return a.v | b.v; }
+FINF_INLINE Words operator<<(Words a, int bits) { return a.v << bits; }
+FINF_INLINE Words operator>>(Words a, int bits) { return a.v >> bits; }
+FINF_INLINE Words select_zero(Words asked, Words yes, Words no) { return asked.v == 0 ? yes.v : no.v; }
+FINF_INLINE Words high_product(Words a, Words b) {
+#if defined(__SSE2__)
+    // Of the even and of the odd lanes: noise takes a third of the time that it takes with a loop over lanes.
+    const __m128i x = (__m128i)a.v, y = (__m128i)b.v, even = _mm_mul_epu32(x, y);
+    const __m128i odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), _mm_srli_epi64(y, 32));
+    return (U4)_mm_srli_epi64(even, 32) | ((U4)odd & U4{0, ~0u, 0, ~0u});
+#else
+    for (int lane = 0; lane < Vec::W; ++lane) {
+        a.v[lane] = static_cast<uint32_t>(static_cast<uint64_t>(a.v[lane]) * b.v[lane] >> 32);
+    }
+    return a;
+#endif
+}
+FINF_INLINE Words counting_from(uint32_t first) { return U4{0, 1, 2, 3} + first; }
+// Signed words as numbers, and the floats whose bits they are.
+FINF_INLINE Vec to_float(Words a) { return __builtin_convertvector((I4)a.v, F4); }
+FINF_INLINE Vec as_float(Words a) { return (F4)a.v; }
 
 #include "../tiles/activation_delta.inl.h"
 #include "../tiles/attention_delta.inl.h"

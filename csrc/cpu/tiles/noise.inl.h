@@ -1,61 +1,55 @@
-// The loop of noise, written once over Vec and included inside each instruction set's namespace.
-//
-// Whole numbers go through plain loops over arrays, which the compiler turns into vectors of the set; only the root is
-// asked of Vec. Two words make two normal numbers (Box and Muller): a distance, the root of -2 ln U, and a direction.
+// The loop of noise, written once over Vec and Words and included inside each instruction set's namespace. Two words
+// make two normal numbers (Box and Muller): a distance, the root of -2 ln V, and a direction.
 #pragma once
 
+#include "../../philox.inl.h"
 #include "elements.inl.h"
 
-// Blocks of four words worked on together: arrays of 1 KiB, some vectors of every set.
-constexpr int NOISE_BLOCKS = 64;
+// Vectors of blocks of four words worked on together: what one waits for, the next can do.
+constexpr int NOISE_VECTORS = 4, NOISE_NUMBERS = 4 * NOISE_VECTORS * Vec::W;
 
-struct NoiseRoom {
-    alignas(64) uint32_t word[4][NOISE_BLOCKS];
-    alignas(64) float distance[NOISE_BLOCKS], x[NOISE_BLOCKS], y[NOISE_BLOCKS];
-    alignas(64) float normal[4 * NOISE_BLOCKS];
-};
-
-FINF_INLINE void draw_words(uint64_t seed, uint64_t sample, uint32_t draw, uint32_t first, NoiseRoom& room) {
-    const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int i = 0; i < NOISE_BLOCKS; ++i) {
-        const finf::PhiloxBlock at = finf::noise_counter(sample, draw, first + static_cast<uint32_t>(i));
-        const finf::PhiloxBlock drawn = finf::philox(at, key0, key1);
-        for (int k = 0; k < 4; ++k) room.word[k][i] = drawn.word[k];
+// Numbers 2k and 2k + 1 of every block.
+FINF_INLINE void normal_pairs(const PhiloxBlock<Words> (&drawn)[NOISE_VECTORS], int k, Vec (&x)[NOISE_VECTORS],
+                              Vec (&y)[NOISE_VECTORS]) {
+    const Vec unit = 1.0f / 2147483648.0f;
+    Vec distance[NOISE_VECTORS];
+    for (int i = 0; i < NOISE_VECTORS; ++i) {
+        const Scaled<Words> square = minus_two_log(drawn[i].word[2 * k]);
+        distance[i] = sqrt(to_float(square.count) * as_float(square.unit));
+    }
+    for (int i = 0; i < NOISE_VECTORS; ++i) {
+        const Direction<Words> to = direction(drawn[i].word[2 * k + 1]);
+        x[i] = distance[i] * (to_float(to.x) * unit);
+        y[i] = distance[i] * (to_float(to.y) * unit);
     }
 }
 
-// Numbers 2k and 2k + 1 of every block.
-FINF_INLINE void normal_pairs(NoiseRoom& room, int k) {
-    constexpr float UNIT = 1.0f / 2147483648.0f;
-    for (int i = 0; i < NOISE_BLOCKS; ++i) {
-        const finf::Scaled square = finf::minus_log(room.word[2 * k][i]);
-        room.distance[i] = static_cast<float>(square.count) * (2 * square.unit);
+// NOISE_NUMBERS normal numbers of a sample and draw, from position 4 `block` on.
+FINF_INLINE void normal_numbers(uint64_t seed, uint64_t sample, uint32_t draw, uint32_t block, float* out) {
+    PhiloxBlock<Words> drawn[NOISE_VECTORS];
+    for (uint32_t i = 0; i < NOISE_VECTORS; ++i) {
+        drawn[i] = noise_words(seed, sample, draw, counting_from(block + i * Vec::W));
     }
-    for (int i = 0; i < NOISE_BLOCKS; ++i) {
-        const finf::Direction to = finf::direction(room.word[2 * k + 1][i]);
-        room.x[i] = static_cast<float>(to.x) * UNIT;
-        room.y[i] = static_cast<float>(to.y) * UNIT;
-    }
-    for (int i = 0; i < NOISE_BLOCKS; i += Vec::W) {
-        const Vec distance = sqrt(load(room.distance + i));
-        store(room.x + i, distance * load(room.x + i));
-        store(room.y + i, distance * load(room.y + i));
-    }
-    for (int i = 0; i < NOISE_BLOCKS; ++i) {
-        room.normal[4 * i + 2 * k] = room.x[i];
-        room.normal[4 * i + 2 * k + 1] = room.y[i];
+    Vec x[2][NOISE_VECTORS], y[2][NOISE_VECTORS];
+    for (int k = 0; k < 2; ++k) normal_pairs(drawn, k, x[k], y[k]);
+    for (int i = 0; i < NOISE_VECTORS; ++i, out += 4 * Vec::W) {
+        const Vec x_low = zip_low(x[0][i], x[1][i]), x_high = zip_high(x[0][i], x[1][i]);
+        const Vec y_low = zip_low(y[0][i], y[1][i]), y_high = zip_high(y[0][i], y[1][i]);
+        store(out, zip_low(x_low, y_low));
+        store(out + Vec::W, zip_high(x_low, y_low));
+        store(out + 2 * Vec::W, zip_low(x_high, y_high));
+        store(out + 3 * Vec::W, zip_high(x_high, y_high));
     }
 }
 
 // `count` normal numbers of a sample and draw, from position 4 `block` on.
 void noise_row(uint64_t seed, uint64_t sample, uint32_t draw, int64_t block, int64_t count, float* out) {
-    NoiseRoom room;
-    for (int64_t v = 0; v < count; v += 4 * NOISE_BLOCKS) {
-        draw_words(seed, sample, draw, static_cast<uint32_t>(block + v / 4), room);
-        normal_pairs(room, 0);
-        normal_pairs(room, 1);
-        const int64_t here = count - v < 4 * NOISE_BLOCKS ? count - v : 4 * NOISE_BLOCKS;
-        each_vector(here, [&](int64_t i, int64_t lanes)
-                              FINF_LAMBDA { store_up_to(out + v + i, load(room.normal + i), lanes); });
+    int64_t v = 0;
+    for (; v + NOISE_NUMBERS <= count; v += NOISE_NUMBERS) {
+        normal_numbers(seed, sample, draw, static_cast<uint32_t>(block + v / 4), out + v);
     }
+    if (v == count) return;
+    float last[NOISE_NUMBERS];
+    normal_numbers(seed, sample, draw, static_cast<uint32_t>(block + v / 4), last);
+    for (int64_t i = v; i < count; ++i) out[i] = last[i - v];
 }

@@ -3,25 +3,30 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
-#include "../../philox.h"
+#include "../../numerics.h"
 #include "../noise.h"
 
 namespace finf::cuda {
 
+#include "../../philox.inl.h"
+
 // The root and the products round once each, as IEEE has it, and feed no addition: the bits are the CPU's.
 FINF_SMALL void normal_pair(uint32_t distance, uint32_t angle, float* normal) {
     constexpr float UNIT = 1.0f / 2147483648.0f;
-    const Scaled square = minus_log(distance);
-    const float size = sqrtf(static_cast<float>(square.count) * (2 * square.unit));
-    const Direction to = direction(angle);
-    normal[0] = size * (static_cast<float>(to.x) * UNIT);
-    normal[1] = size * (static_cast<float>(to.y) * UNIT);
+    const Scaled<uint32_t> square = minus_two_log(distance);
+    float unit;
+    memcpy(&unit, &square.unit, sizeof unit);
+    const float size = sqrtf(static_cast<float>(square.count) * unit);
+    const Direction<uint32_t> to = direction(angle);
+    normal[0] = size * (static_cast<float>(static_cast<int32_t>(to.x)) * UNIT);
+    normal[1] = size * (static_cast<float>(static_cast<int32_t>(to.y)) * UNIT);
 }
 
 FINF_SMALL void normal_block(const Noise& op, uint64_t sample, int64_t block, float (&normal)[4]) {
-    const uint32_t key0 = static_cast<uint32_t>(op.seed), key1 = static_cast<uint32_t>(op.seed >> 32);
-    const PhiloxBlock drawn = philox(noise_counter(sample, op.draw, static_cast<uint32_t>(block)), key0, key1);
+    const PhiloxBlock<uint32_t> drawn = noise_words(op.seed, sample, op.draw, static_cast<uint32_t>(block));
     normal_pair(drawn.word[0], drawn.word[1], normal);
     normal_pair(drawn.word[2], drawn.word[3], normal + 2);
 }
