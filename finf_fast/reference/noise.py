@@ -1,4 +1,4 @@
-"""Philox4x32-10 and normal numbers out of its words, in torch's int64: the same bits as csrc/philox.inl.h on any device."""
+"""Philox4x32-10 and normal numbers from its words, in torch's int64: the bits of csrc/philox.inl.h on any device."""
 
 from __future__ import annotations
 
