@@ -16,7 +16,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-JOBS = min(4, os.cpu_count() or 1)  # four: each compiler takes up to 500 MB
+JOBS = min(8, os.cpu_count() or 1)  # each compiler takes up to 500 MB
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 KERNELS = sorted(glob("csrc/cuda/*.cu"))
 CUDA = "finf_fast._cuda"

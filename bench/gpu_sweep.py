@@ -1,8 +1,8 @@
 """The GPU suite's sweeps end to end, a process of its own: what it finds it prints, a JSON object a line.
 
 A GPT-2-shaped net in bfloat16 under four queries, against the device's peak; ResNet-18 on 32×32 images under sixteen,
-against the method's released loop over the same images, updates and device (float32, as it comes). The sweep runs once
-unmeasured, on a few samples, for what is compiled at first use.
+against the method's released loop over the same images, updates and device (float32, as it comes). Then the texts to
+first order and with recorded forwards, each beside a carried sweep of its own. Of two sweeps the second counts.
 
     python bench/gpu_sweep.py --seconds 60 --gemm-tflops 790 [--dry-run]
 """
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,6 @@ import finf_fast as ff
 from bench_delta_sweep import LR, RANK
 from finf_fast import loss as losses
 from finf_fast.transfer import to_device
-
-WARM = 8  # samples of the sweep that is not measured
 
 
 def say(**found: Any) -> None:
@@ -54,45 +53,69 @@ def flop_of(model: nn.Module, sample: Any, loss: str) -> int:
     return counter.get_total_flops()
 
 
-def language(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
-    from transformers import GPT2Config, GPT2LMHeadModel
+@dataclass
+class Texts:
+    """A GPT-2-shaped net, its queries' steps, and a sweep over windows that ran once before it was timed: the same
+    windows, for what is compiled is compiled for their shapes."""
 
-    Q, S, length = (2, 2, 8) if dry else (4, 1024, 512)
-    small = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 97, "n_positions": length}
-    model = GPT2LMHeadModel(GPT2Config(**small)) if dry else bench_sweep.gpt2()
-    model = model.eval().bfloat16().float().to(device)
-    ids = torch.randint(0, model.config.vocab_size, (S + Q, length))
-    updates = steps(model, [ids[S + q : S + q + 1] for q in range(Q)], "causal_lm")
-    seconds_of(model, updates, ff.open_corpus(ids[:WARM]), "causal_lm")
-    seconds, scores = seconds_of(model, updates, ff.open_corpus(ids[:S]), "causal_lm")
-    graphed, said = with_graphs(model, updates, ff.open_corpus(ids[:S]), scores)
-    dot, first = seconds_of(model, updates, ff.open_corpus(ids[:S]), "causal_lm", engine="dot")
-    tflops = (1 + Q) * S * flop_of(model, ids[:1], "causal_lm") / seconds / 1e12
+    device: torch.device
+    dry: bool
+
+    def __post_init__(self):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        self.Q, S, self.length = (2, 2, 8) if self.dry else (4, 1024, 512)
+        small = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 97, "n_positions": self.length}
+        model = GPT2LMHeadModel(GPT2Config(**small)) if self.dry else bench_sweep.gpt2()
+        self.model = model.eval().bfloat16().float().to(self.device)
+        drawn = torch.randint(0, model.config.vocab_size, (S + self.Q, self.length))
+        self.ids, queries = drawn[:S], [drawn[S + q : S + q + 1] for q in range(self.Q)]
+        self.updates = steps(self.model, queries, "causal_lm")
+        self.seconds, self.scores = self.swept()
+
+    def swept(self, engine: str = "delta") -> tuple[float, ff.Scores]:
+        for _ in range(2):
+            corpus = ff.open_corpus(self.ids)
+            found = seconds_of(self.model, self.updates, corpus, "causal_lm", engine)
+        return found
+
+    def row(self, seconds: float, how: str = "") -> dict[str, Any]:
+        return {"case": f"gpt2 T={self.length} Q={self.Q} bf16{how}", "samples": len(self.ids), "ms": 1e3 * seconds}
+
+
+def language(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
+    texts = Texts(device, dry)
+    products = (1 + texts.Q) * len(texts.ids) * flop_of(texts.model, texts.ids[:1], "causal_lm")
+    tflops = products / texts.seconds / 1e12
     return {
-        "case": f"gpt2 T={length} Q={Q} bf16",
-        "samples": S,
-        "ms": 1e3 * seconds,
+        **texts.row(texts.seconds),
         "tflops": tflops,
         "percent_of_gemm": 100 * tflops / peak,
-        "times": {"with graphs": graphed / seconds, "to first order": dot / seconds},
-        "notes": {"plan": scores.plan, "graphs": said, "time": where_to(scores), "first order": apart(first, scores)},
+        "notes": {"plan": texts.scores.plan, "time": where_to(texts.scores)},
     }
+
+
+def first_order(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
+    texts = Texts(device, dry)
+    seconds, scores = texts.swept("dot")
+    times, notes = {"carried": texts.seconds / seconds}, {"plan": scores.plan, "scores": apart(scores, texts.scores)}
+    return {**texts.row(seconds, " to first order"), "times": times, "notes": notes}
+
+
+def with_graphs(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
+    """The last of all: a recording that fails may take the device with it."""
+    texts = Texts(device, dry)
+    os.environ["FINF_GRAPHS"] = "1"
+    seconds, scores = texts.swept()
+    said = f"{scores.record.get('graphs', 'none on this device')}"
+    times, notes = {"without": texts.seconds / seconds}, {"graphs": said, "scores": apart(scores, texts.scores)}
+    return {**texts.row(seconds, " with graphs"), "times": times, "notes": notes}
 
 
 def where_to(scores: ff.Scores) -> str:
     """What a sweep's time went to, in percent, and how many batches crossed ahead of it."""
     stages = ", ".join(f"{stage} {share}" for stage, share in scores.record["percent_of_time"].items())
     return f"{stages} %; {scores.record.get('batches_sent_ahead', 0)} batches sent ahead"
-
-
-def with_graphs(model: nn.Module, updates: list[ff.Update], corpus: Any, plain: ff.Scores) -> tuple[float, str]:
-    """Seconds of the same sweep with forwards recorded, and how its scores compare."""
-    os.environ["FINF_GRAPHS"] = "1"
-    try:
-        seconds, scores = seconds_of(model, updates, corpus, "causal_lm")
-    finally:
-        del os.environ["FINF_GRAPHS"]
-    return seconds, f"{scores.record.get('graphs', 'none on this device')}, {apart(scores, plain)}"
 
 
 def apart(scores: ff.Scores, plain: ff.Scores) -> str:
@@ -104,8 +127,8 @@ def images(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
     model = bench_sweep.ResNet18().eval().bfloat16().float().to(device)
     data, held_out = bench_sweep.Images(S), bench_sweep.Images(S + Q).corpus()
     updates = steps(model, [held_out.read(S + q, S + q + 1) for q in range(Q)], "cross_entropy")
-    seconds_of(model, updates, bench_sweep.Images(WARM).corpus(), "cross_entropy")
-    seconds, scores = seconds_of(model, updates, data.corpus(), "cross_entropy")
+    for _ in range(2):  # as for texts
+        seconds, scores = seconds_of(model, updates, data.corpus(), "cross_entropy")
     since = time.perf_counter()
     bench_sweep.released(model, data, updates, "cross_entropy", bench_sweep.CASES["resnet18"][4])
     released = time.perf_counter() - since
@@ -117,7 +140,7 @@ def images(device: torch.device, dry: bool, peak: float) -> dict[str, Any]:
         "tflops": tflops,
         "percent_of_gemm": 100 * tflops / peak,
         "times": {"released loop": released / seconds},
-        "notes": {"plan": scores.plan, "time": where_to(scores)},
+        "notes": {"plan": scores.plan, "time": where_to(scores), "released loop": "float32, torch's own TF32"},
     }
 
 
@@ -129,7 +152,7 @@ def main() -> None:
     options = options.parse_args()
     until = time.monotonic() + options.seconds
     device = torch.device("cpu" if options.dry_run else "cuda")
-    for work in (language, images):
+    for work in (language, images, first_order, with_graphs):
         torch.manual_seed(0)
         row = {"case": work.__name__, "notes": {}}
         try:

@@ -16,7 +16,8 @@ is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -54,6 +55,16 @@ class Recorder(Protocol):
         """The result of `work`, whose tensors hold nothing yet, and what fills them, each time it is called."""
 
 
+@contextmanager
+def _as_if_recording() -> Iterator[None]:
+    ask = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = ask
+
+
 class CudaRecorder:
     """Graphs of a GPU. All share one pool of memory: they run one after another, and results are copied at once."""
 
@@ -62,12 +73,28 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Result]) -> tuple[Result, Callable[[], Any]]:
         with torch.cuda.device(self._device):
-            graph = torch.cuda.CUDAGraph()
+            # A model that asks takes the way of a recording, which may launch what no forward before it did; loading
+            # a kernel is one of the things that recording refuses.
+            with _as_if_recording():
+                work()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            # Only this thread's calls are held to what may be recorded: the staging thread goes its own way meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = work()
+            try:
+                # Only this thread's calls are held to what may be recorded: the staging thread goes its own way.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    result = work()
+            except Exception:
+                self._leave(stream)
+                raise
         return result, graph.replay
+
+    def _leave(self, stream: torch.cuda.Stream) -> None:
+        """A recording that fails may leave its stream the current one and its pool open (torch 2.11: pytorch#180395),
+        which would fail whatever comes next."""
+        torch.cuda.set_stream(stream)
+        with suppress(Exception):  # it was closed after all, or this torch has no such word
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +178,8 @@ class Graphed:
         self._ended = why
         self._recorded.clear()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # of a recording that torch does not know to be over
+                torch.cuda.empty_cache()
 
 
 def shape_of(batch: Any) -> Any:

@@ -142,7 +142,8 @@ def _one_line(reason: str) -> str:
 def free_bytes(device: torch.device) -> int:
     """Memory that may still be used: of the device, or of this machine or its control group, whichever is less."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept
     return min(_available(), _group_left())
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,9 @@ def test_every_operation_was_timed_on_the_face_meant(dry_run):
     assert faces == {
         op: {next(face for face in ("triton", "cpp", "reference") if face in row)} for op, row in dispatch.TABLE.items()
     }
-    assert [row["case"].split()[0] for row in found["rows"] if row["op"] == "sweep"] == ["gpt2", "resnet18"]
+    swept = [row["case"].partition(" bf16") for row in found["rows"] if row["op"] == "sweep"]
+    assert [net.split()[0] for net, _, _ in swept] == ["gpt2", "resnet18", "gpt2", "gpt2"]
+    assert [how for _, _, how in swept] == ["", "", " to first order", " with graphs"]
 
 
 @pytest.mark.prove
@@ -149,3 +153,15 @@ def test_operations_after_one_that_ends_the_process_still_run(tmp_path, monkeypa
     gpu_suite.operations(suite, 60, part)
     assert [row["op"] for row in suite.rows] == ["a", "c"]
     assert part.state == "failed" and part.note == "ended in b: the device is lost"
+
+
+def test_wheels_are_found_by_every_part_and_change_nothing_here(tmp_path):
+    with zipfile.ZipFile(tmp_path / "brought-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("brought/__init__.py", "WORD = 'here'")
+    suite, room = Suite(10, dry=True), tmp_path / "room"
+    assert suite.python("-c", "import brought", limit=60).code == 1
+    suite.unpack(None, str(room))
+    assert suite.python("-c", "import brought", limit=60).code == 1
+    suite.unpack(tmp_path, str(room))
+    assert suite.python("-c", "import brought; print(brought.WORD)", limit=60).out == "here\n"
+    assert importlib.util.find_spec("brought") is None

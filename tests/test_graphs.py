@@ -6,7 +6,9 @@ the recorded batch's memory alone.
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +182,61 @@ def test_digits_of_a_recorded_forward_on_cuda(dtype):
         given = to_device(batch(seed, length=6 + seed % 2), device)
         same(graphed.score(given), plain.score(given))
     assert graphed.record()["graphs"] == {"shapes": 2, "batches": 10}
+
+
+class FakeCuda:
+    """What a recorder asks of torch.cuda; a recording fails at its end where `fails`, as an instruction that it refuses
+    makes it, and leaves its stream the current one."""
+
+    def __init__(self, monkeypatch, fails):
+        self.stream, self.fails, self.pools, self.closed = "mine", fails, [], []
+        for name in ("graph", "current_stream", "set_stream", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.stream == "recording")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(
+            torch._C, "_cuda_endAllocateToPool", lambda *given: self.closed.append(given), raising=False
+        )
+
+    def current_stream(self):
+        return self.stream
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    def graph_pool_handle(self):
+        self.pools.append((0, len(self.pools)))
+        return self.pools[-1]
+
+    @contextmanager
+    def graph(self, graph, pool, capture_error_mode):
+        self.stream = "recording"
+        yield
+        if self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream = "mine"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_recording_is_rehearsed_and_leaves_nothing_behind_where_it_fails(monkeypatch, fails):
+    cuda, asked = FakeCuda(monkeypatch, fails), []
+    recorder = CudaRecorder(torch.device("cuda"))
+
+    def work():
+        asked.append((torch.cuda.is_current_stream_capturing(), cuda.stream))
+        return "result"
+
+    for _ in range(2):
+        if fails:
+            with pytest.raises(RuntimeError, match="previous error"):
+                recorder.record(work)
+        else:
+            assert recorder.record(work)[0] == "result"
+    assert asked == [(True, "mine"), (True, "recording")] * 2
+    assert cuda.stream == "mine" and not torch.cuda.is_current_stream_capturing()
+    assert cuda.closed == ([(0, (0, 0)), (0, (0, 1))] if fails else []) and len(cuda.pools) == 1 + fails
 
 
 # In a sweep.

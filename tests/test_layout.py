@@ -24,7 +24,7 @@ LAYERS = [
     {"fold", "order", "ragged"},
     {"calls"},
     {"loss", "update", "skeleton", "topk"},
-    {"lowrank"},
+    {"lowrank", "runs"},
     {"ops"},
     {"reference", "kernels", "_C", "_cuda"},
     {"records"},

@@ -21,6 +21,7 @@ from finf_fast.delta.structure import cast
 from finf_fast.delta.table import current, rule
 from finf_fast.loss import Head
 from finf_fast.reference import product
+from finf_fast.runs import picked, runs
 
 
 class Linear(Stack):
@@ -143,9 +144,10 @@ def _add_groups(y: Tensor, x: Tensor, groups: Sequence[Group]) -> None:
     """y_q += (x0 + dx_q) dW_qᵀ of queries of several forms."""
     x1 = x[:1] + x[1:] if len(x) > 1 else None
     for group in groups:
-        after = x[:1].expand(len(group.queries), *x.shape[1:]) if x1 is None else x1[list(group.queries)]
+        after = x[:1].expand(len(group.queries), *x.shape[1:]) if x1 is None else picked(x1, group.queries)
         extra = after @ group.dense.mT if group.dense is not None else (after @ group.v) @ group.u.mT
-        y[[1 + q for q in group.queries]] += extra
+        for mine, queries in runs(group.queries):
+            y[1:][queries] += extra[mine]
 
 
 def _change_of(bias: Any, x: Tensor) -> Tensor | None:

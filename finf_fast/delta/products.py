@@ -15,6 +15,7 @@ from finf_fast.delta.structure import count_of, folded, transpose
 from finf_fast.delta.table import current, rule, unruled, words
 from finf_fast.fold import laid_out
 from finf_fast.reference.product import add_linear_
+from finf_fast.runs import runs
 
 
 @rule("linear")
@@ -246,7 +247,8 @@ def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sca
         else:
             picked = torch.stack([F.embedding(input, u) for u in group.u])
             rows = torch.einsum("q...r,qdr->q...d", picked, group.v)
-        out[[1 + q for q in group.queries]] = rows.to(out.dtype)
+        for mine, queries in runs(group.queries):
+            out[1:][queries] = rows[mine].to(out.dtype)
     return Stack(out)
 
 

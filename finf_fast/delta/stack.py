@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finf_fast.runs import runs
+
 __all__ = ["Carried", "Changed", "Group", "NotCarried", "Stack", "align", "lift", "stacked_of", "values_of"]
 
 untouched = torch._C.DisableTorchFunctionSubclass
@@ -136,7 +138,9 @@ class Changed(Carried):
                 else lift(self.base, 1 + self.queries)
             )
             for group in self.groups:
-                stacked[[1 + q for q in group.queries]] = group.full(self.base)
+                change = group.full(self.base)
+                for mine, queries in runs(group.queries):
+                    stacked[1:][queries] = change[mine]
             self._stacked = stacked
         return self._stacked
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from finf_fast import fold
 from finf_fast.delta.stack import Changed, Group, Stack
 from finf_fast.lowrank import LowRank
+from finf_fast.runs import picked
 from finf_fast.skeleton import Skeleton
 from finf_fast.update import Update
 
@@ -70,7 +71,7 @@ def _folded(pair: fold.Fold, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
     weight = weight if isinstance(weight, Changed) else Changed(weight, [], len(ds))
     silent = tuple(set(range(weight.queries)).difference(*(group.queries for group in weight.groups)))
     groups = [*weight.groups, _nothing(silent, weight.base)] if silent and ds is not None else weight.groups
-    folded = [_scaled(group, weight.base, s, None if ds is None else ds[list(group.queries)]) for group in groups]
+    folded = [_scaled(group, weight.base, s, None if ds is None else picked(ds, group.queries)) for group in groups]
     return Changed(weight.base * _spread(s, weight.base), folded, weight.queries), bias
 
 

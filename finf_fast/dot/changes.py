@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finf_fast.lowrank import LowRank
 from finf_fast.reference import product
+from finf_fast.runs import runs
 
 __all__ = ["Change", "chunked", "packed"]
 
@@ -109,7 +110,8 @@ class Change:
         if len(queries) == self.queries:
             found += part
         else:
-            found[:, list(queries)] += part.to(found.dtype)
+            for mine, theirs in runs(queries):
+                found[:, theirs] += part[:, mine].to(found.dtype)
 
 
 def packed(changes: Mapping[int, Tensor | LowRank], queries: int, device: torch.device, dtype: torch.dtype) -> Change:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finf_fast import ops
 from finf_fast.loss.base import Draw, Head, Loss, Result, check_range, prediction, split
+from finf_fast.runs import picked, runs
 
 TOKEN_KEYS = ("input_ids", "decoder_input_ids")
 
@@ -92,10 +93,10 @@ class CrossEntropy(Loss):
         counted = (target != self.ignore_index).view(head.rows[0], -1)
         base, delta = None, None
         for queries, dW, factors in head.changes or (((), None, None),):
-            rows = None if len(queries) == head.queries else list(queries)
+            rows = None if len(queries) == head.queries else queries
             if head.dx is None and head.db is None and dW is None and factors is None:  # these queries move nothing
                 continue
-            dx, db = (x if x is None or rows is None else x[rows] for x in (head.dx, head.db))
+            dx, db = (x if x is None or rows is None else picked(x, rows) for x in (head.dx, head.db))
             base, part = ops.linear_cross_entropy_delta(
                 *(head.x, dx, head.W, target),
                 **{"bias": head.bias, "db": db, "dW": dW, "dW_factors": factors},
@@ -106,7 +107,8 @@ class CrossEntropy(Loss):
                 delta = part
                 continue
             delta = part.new_zeros((head.queries, len(target))) if delta is None else delta
-            delta[rows] = part
+            for mine, theirs in runs(rows):
+                delta[theirs] = part[mine]
         return self._samples(base, delta, counted)
 
     def per_sample(self, model: Any, batch: Any) -> Tensor:
