@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finf_fast as ff
 from finf_fast import engines, graphs, ragged
@@ -237,6 +238,39 @@ def test_a_recording_is_rehearsed_and_leaves_nothing_behind_where_it_fails(monke
     assert asked == [(True, "mine"), (True, "recording")] * 2
     assert cuda.stream == "mine" and not torch.cuda.is_current_stream_capturing()
     assert cuda.closed == ([(0, (0, 0)), (0, (0, 1))] if fails else []) and len(cuda.pools) == 1 + fails
+
+
+class Waits(TorchDispatchMode):
+    """Calls that a GPU is waited for: values looked at, and tensors made of lists, as an index by a list is."""
+
+    CALLS = ("aten.lift_fresh", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith(self.CALLS):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (None, None), (None, 4, None, 4)], ids=str)
+def test_a_forward_waits_for_nothing(ranks):
+    """Whatever forms the queries' changes have."""
+    model, data = language_model()
+    updates = [
+        ff.mirror(model, {key: x[None] for key, x in data[q].items()}, loss="causal_lm", lr=0.1, rank=rank)
+        for q, rank in enumerate(ranks)
+    ]
+    carried = DeltaEngine(model, updates, resolve("causal_lm"), CPU, torch.bfloat16)
+    given = batch(1)
+    carried.score(given)
+    with Waits() as waits:
+        carried.score(given)
+        assert not waits.found
+        torch.zeros(3)[[0, 1]].sum().item()
+    assert len(waits.found) == 2
 
 
 # In a sweep.
