@@ -203,8 +203,8 @@ class _Head:
     @property
     def descriptors(self) -> bool:
         """Whether the long matrices can be read through tensor descriptors: rows apart, multiples of 16 bytes."""
-        long = [y for y in (self.x, self.dx, self.W, self.x1, self.dW) if y is not None and y.numel()]
-        apart = all(y.stride(0) >= y.shape[1] and y.stride(0) * y.itemsize % 16 == 0 for y in long)
+        long = [y for y in (self.x, self.dx, self.W, self.x1, self.dW) if y is not None]
+        apart = all(y.numel() and y.stride(0) >= y.shape[1] and y.stride(0) * y.itemsize % 16 == 0 for y in long)
         fits = apart and all(y.data_ptr() % 16 == 0 for y in long)
         return self.x.dtype == torch.bfloat16 and has_descriptors(self.architecture) and fits
 
