@@ -191,3 +191,160 @@ def test_the_query_at_fault_is_named():
     x[5, 0] = torch.nan
     with pytest.raises(ff.NonFiniteLoss, match="query 5"):
         mirrors_of(model, (x[:Q], y[:Q]), method="kfac", factors=factors)
+
+
+class Around(nn.Module):
+    """An MLP, and what comes before and after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = _mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class OneRow(Around):
+    """Refuses more than one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.view(1, 6))
+
+
+class Bright(Around):
+    """Scales by what the whole batch holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x / 255 if x.max() > 1 else x)
+
+
+class Permuted(Around):
+    """Another order inside, by a product; the first and the last stay where they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = F.one_hot(x[:, 0].argsort(), len(x)).to(x)
+        return order.mT @ self.net(order @ x)
+
+
+class SometimesDraws(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        few = (x[:, :1] > 5).to(x)
+        return self.net(x + few * torch.randn_like(x) if few.any() else x)
+
+
+class Coupled(Around):
+    """Every sample feels the others a little."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.net(x)
+        return found - 0.01 * found.mean(0)
+
+
+def _brightness() -> tuple[Tensor, Tensor]:
+    x, y = torch.randint(2, 256, (N, 6)).to(torch.float64), torch.randint(4, (N,))
+    x[5] = torch.tensor([0, 1, 0, 1, 1, 0])
+    return x, y
+
+
+def _ends_first_and_last() -> tuple[Tensor, Tensor]:
+    x, y = _rows()
+    x[1, 0], x[Q - 1, 0] = -9, 9
+    return x, y
+
+
+def _one_large() -> tuple[Tensor, Tensor]:
+    x, y = _rows()
+    x[:, 0] = x[:, 0].clamp(max=4)
+    x[5, 0] = 6
+    return x, y
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (OneRow, _rows),
+        (Bright, _brightness),
+        (Permuted, _ends_first_and_last),
+        (SometimesDraws, _one_large),
+        (Coupled, _rows),
+    ],
+    ids=lambda given: given.__name__.strip("_"),
+)
+def test_models_whose_samples_are_not_alone_have_their_queries_alone(make, data, method, passes):
+    """None of them shows at the two ends of the first joint pass."""
+    torch.manual_seed(2)
+    model, corpus = make().eval(), data()
+    options = {"method": method, "rank": None}
+    options["factors"] = ff.fit_factors(model, corpus, kind=method, batch_size=1, progress=False)
+    updates = mirrors_of(model, _few(corpus, slice(Q)), seed=3, **options)
+    for q, update in enumerate(updates):
+        _close(update, ff.mirror(model, _few(corpus, slice(q, q + 1)), seed=3 + q, **options))
+    assert passes[:Q] == [1] * Q
+
+
+def test_numbers_that_have_the_shape_of_positions(passes):
+    """As many queries in a pass as a neighbour is wide."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kinds, self.numbers, self.head = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, kind: Tensor, number: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.kinds(kind) + self.numbers(number)))
+
+    torch.manual_seed(2)
+    model = Table().eval()
+    rows = {"kind": torch.randint(10, (N,)), "number": torch.randn(N, 6), "labels": torch.randint(4, (N,))}
+    options = {"method": "kfac", "factors": ff.fit_factors(model, rows, progress=False)}
+    for queries in (6, 7, 8):
+        updates = mirrors_of(model, {key: x[:queries] for key, x in rows.items()}, **options)
+        for q, update in enumerate(updates):
+            _close(update, ff.mirror(model, {key: x[q : q + 1] for key, x in rows.items()}, **options))
+
+
+def test_a_loss_that_couples_the_rows_of_a_group(passes):
+    def contrast(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        one, other = (F.normalize(model(x), dim=-1) for x in batch)
+        return F.cross_entropy(one @ other.mT / 0.05, torch.arange(len(one)), reduction="none")
+
+    torch.manual_seed(2)
+    model, x = _mlp().eval(), torch.randn(N, 6) * 3
+    pairs = (x, x + 0.3 * torch.randn_like(x))
+    groups = [[2 * q, 2 * q + 1] for q in range(N // 2)]
+    options = {"loss": contrast, "method": "kfac"}
+    fit = {"fisher": "empirical", "batch_size": 2, "progress": False}
+    options["factors"] = ff.fit_factors(model, pairs, loss=contrast, **fit)
+    for group, update in zip(groups, mirrors_of(model, pairs, groups, **options), strict=True):
+        _close(update, ff.mirror(model, _few(pairs, group), **options))
+    assert passes[: len(groups)] == [1] * len(groups)
+
+
+def test_a_gradient_without_a_factor_that_is_not_finite_is_still_named():
+    class Rooted(Around):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + (self.gain * x.clamp(min=0)).sum(-1, keepdim=True).sqrt()
+
+    torch.manual_seed(2)
+    model, (x, y) = Rooted().eval(), _rows()
+    x[:, 0] = x[:, 0].abs()
+    factors = ff.fit_factors(model, (x, y), progress=False)
+    x[5] = -x[5].abs()
+    with pytest.raises(ff.NonFiniteLoss, match=r"query 5: .*'gain'"):
+        mirrors_of(model, (x[:Q], y[:Q]), method="kfac", factors=factors)
+
+
+def test_a_pass_s_own_results_are_counted_too(passes, monkeypatch):
+    """A model may hold much that leaves no piece: a wide layer that stays still."""
+    torch.manual_seed(2)
+    model, (x, y) = nn.Sequential(nn.Linear(6, 4000), nn.Tanh(), nn.Linear(4000, 4)).eval(), _rows()
+    options = {"method": "kfac", "params": ["2.bias", "2.weight"]}
+    options["factors"] = ff.fit_factors(model, (x, y), progress=False)
+    monkeypatch.setattr("finf_fast.mirrors.joint.RESULTS", 3 * 8 * 2 * 4000 + 49999)
+    mirrors_of(model, (x[:Q], y[:Q]), **options)
+    assert passes == [1, 3, 3, 2]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,21 @@ from finf_fast.order import InOrder, Mixed
 from finf_fast.records import BadSample, NonFiniteLoss
 from finf_fast.skeleton import Skeleton, vocabulary
 
+# What sums of another order may differ by, far above rounding and below a mix-up. In float64 too: norms of some models
+# round to float32 inside.
+ALIKE = 3e-4
 ONE_ROW = "Expected more than 1 value per channel"  # how torch's batch norm begins its complaint
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What :meth:`Body.watched` finds: (Q,) losses, uses of layers, and the gradients of each use's output, those of
+    the sum of the losses and those of their weighted sum."""
+
+    losses: Tensor
+    uses: list[Use]
+    gradients: list[Tensor | None]
+    weighted: list[Tensor | None]
 
 
 class Body:
@@ -67,6 +82,10 @@ class Body:
             for name, weight in self.weights.items()
         }
         self._skeleton.put(self._leaves)
+
+    def storages(self) -> set[int]:
+        """Addresses of the storages of the parameters and buffers now in place."""
+        return {slot.tensor.untyped_storage().data_ptr() for slot in self._skeleton.slots.values()}
 
     def loss(self, query: Query) -> Tensor:
         """Mean of the rows' :meth:`losses`, () with its graph."""
@@ -149,24 +168,23 @@ class Body:
                 require_finite({name: tensor}, "gradient", query.who)
         return loss.item(), caught
 
-    def watched(self, query: Query, rows: int, names: Sequence[str]) -> tuple[Tensor, list[Use], list[Tensor | None]]:
-        """Of several queries with ``rows`` rows each: losses, uses of their layers, gradient of each use's output.
+    def watched(self, query: Query, names: Sequence[str], weights: Tensor) -> Watched:
+        """Of several queries in one batch what their layers see, and the gradients of two sums over their losses.
 
         Args:
             names: of the parameters to watch.
-
-        Returns:
-            (B,) losses without their graph; of each row the gradients are those of its own query's mean loss.
+            weights: (Q,) of the queries in the second sum; in the first they are 1. Each has B / Q rows, whose mean
+                is its loss.
 
         Raises:
-            Mixed: a call may move samples, or one of the parameters is used in a way that is not watched.
+            Mixed: a call may move samples, a parameter is used in a way that is not watched, or the gradient of one
+                that is not among ``names`` is not finite.
             NonFiniteLoss: as :meth:`losses`.
         """
-        own = {slot.tensor.untyped_storage().data_ptr() for slot in self._skeleton.slots.values()}
         length = max((tensor.shape[1] for tensor in leaves(query.batch) if tensor.dim() > 1), default=0)
         watch = Watch(self._skeleton, list(names), query.rows, length)
         try:
-            with watch, InOrder(query.rows, own):
+            with watch, InOrder(query.rows, self.storages()):
                 losses = self.losses(query)
         except torch.OutOfMemoryError:
             raise
@@ -174,9 +192,16 @@ class Body:
             if watch.given:
                 raise Mixed(f"{watch.given}, whose rows all samples share ({error})") from error
             raise
-        total = losses.sum() / rows
-        gradients = watch.gradients(total, {name: self._leaves[name] for name in names})
-        return losses.detach(), watch.uses, gradients
+        means = losses.view(len(weights), -1).mean(1)
+        plain = watch.gradients(means.sum(), self._leaves, again=True)
+        return Watched(means.detach(), watch.uses, plain, watch.gradients((means * weights.to(means)).sum()))
+
+    def alike(self, losses: Tensor, queries: Sequence[Query]) -> bool:
+        """Whether each query alone, as the model now stands, has the loss that it had in a batch with others."""
+        with torch.no_grad():
+            alone = torch.stack([self.loss(query) for query in queries])
+        gap = (losses - alone).abs()
+        return bool((gap <= ALIKE * (1 + alone.abs())).all())
 
     def _require_some(self, gradients: Mapping[str, object], who: str) -> None:
         if not gradients:

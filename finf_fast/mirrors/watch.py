@@ -90,23 +90,29 @@ class Watch(TorchFunctionMode):
         found = catch(self, *args, **kwargs) if caught else None
         return func(*args, **kwargs) if found is None else found
 
-    def gradients(self, total: Tensor, watched: Mapping[str, Tensor] | None = None) -> list[Tensor | None]:
+    def gradients(
+        self, total: Tensor, parameters: Mapping[str, Tensor] | None = None, again: bool = False
+    ) -> list[Tensor | None]:
         """Of ``total`` by each use's output, in their order.
 
         Args:
-            watched: parameters with ``requires_grad`` that ``total`` must not depend on but through uses.
+            parameters: what ``total`` feels of these other than through uses is checked.
+            again: the graph will be asked once more.
 
         Raises:
-            Mixed: it does.
+            Mixed: it depends on one that is watched, or its gradient by another is not finite.
         """
         if not self.uses or not total.requires_grad:
             return [None] * len(self.uses)
-        others = {} if watched is None else dict(watched)
+        others = {} if parameters is None else dict(parameters)
         wanted = [*(use.edge for use in self.uses), *others.values()]
-        found = torch.autograd.grad(total, wanted, allow_unused=True)
+        found = torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=again)
+        watched = set(self._names.values())
         for name, gradient in zip(others, found[len(self.uses) :], strict=True):
-            if gradient is not None:
+            if gradient is not None and name in watched:
                 raise Mixed(f"{name}, a parameter in a call that is not watched")
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                raise Mixed(f"{name}, whose gradient is not finite")
         return list(found[: len(self.uses)])
 
     def name_of(self, tensor: Any) -> str | None:
