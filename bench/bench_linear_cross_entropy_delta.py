@@ -1,14 +1,15 @@
 """linear_cross_entropy_delta against plain torch: two F.linear, two cross-entropies and a difference, all in float32.
 
-Both do two products of the same size for a base and one change. The peak is what one thread multiplies and adds in
-registers, times the threads. oneDNN: the plain way with oneDNN's product in place of torch's default. The loss of
-accuracy of the subtraction is the tests' matter, not this page's.
+Both do two products of the same size for a base and one change. The peak is what all threads together multiply and add
+in registers, taken before each call: the clock is not the same at all times. oneDNN: the plain way with oneDNN's
+product in place of torch's default. The loss of accuracy of the subtraction is the tests' matter, not this page's.
 
     python bench/bench_linear_cross_entropy_delta.py [--save] [--quick] [--depths 256 768 2048] [--vocabularies ...]
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -19,7 +20,6 @@ from torch import Tensor
 import machine
 import measure
 import table
-from finf_fast import _C
 from finf_fast.ops import linear_cross_entropy_delta
 from finf_fast.reference.product import linear
 
@@ -37,7 +37,7 @@ class Row:
         case: what was run, in a few words.
         ms: median milliseconds of a call.
         gflops: 2 T D V (1 + Q) over that time, in GFLOP/s.
-        peak_percent: of what the threads multiply and add at their best.
+        peak_percent: of what the threads multiply and add at their best, median over rounds.
         torch_ratio, onednn_ratio: how many times longer the plain way takes, median over rounds.
         peak_mib, torch_peak_mib: memory held at the highest beyond the inputs.
         logits_percent: peak_mib in percent of one matrix of logits.
@@ -73,7 +73,7 @@ def plain(product: Callable, x: Tensor, dx: Tensor, W: Tensor, target: Tensor) -
     return base, torch.stack([F.cross_entropy(product(x + d, W), target, reduction="none") - base for d in dx])
 
 
-def run(T: int, D: int, V: int, dtypes: list[torch.dtype], rounds: int, threads: int) -> list[Row]:
+def run(T: int, D: int, V: int, dtypes: list[torch.dtype], rounds: int) -> list[Row]:
     wide = inputs(T, D, V)
     given = {dtype: [y if y.dtype == torch.int64 else y.to(dtype) for y in wide] for dtype in dtypes}
 
@@ -81,23 +81,22 @@ def run(T: int, D: int, V: int, dtypes: list[torch.dtype], rounds: int, threads:
         return lambda: linear_cross_entropy_delta(*given[dtype])
 
     ways = {"torch": lambda: plain(F.linear, *wide), "onednn": lambda: plain(linear, *wide)}
-    ways |= {KINDS[dtype]: ours(dtype) for dtype in dtypes}
-    held = {name: measure.peak_mib(way) for name, way in ways.items()}
     peaks: dict[str, list[float]] = {KINDS[dtype]: [] for dtype in dtypes}
-    # In every round, since a processor is not equally fast at all times.
-    ways |= {f"peak {kind}": lambda kind=kind: peaks[kind].append(_C.fma_peak(kind)) for kind in peaks}
+    for dtype in dtypes:
+        kind = KINDS[dtype]
+        ways |= {f"peak {kind}": lambda kind=kind: peaks[kind].append(machine.fma_peak(kind, 1)), kind: ours(dtype)}
+    held = {name: measure.peak_mib(way) for name, way in ways.items() if not name.startswith("peak")}
     seconds = measure.interleaved(ways, rounds)
-    return [row(T, D, V, kind, seconds, held, threads * max(peaks[kind])) for kind in peaks]
+    return [row(T, D, V, kind, seconds, held, peaks[kind][1:]) for kind in peaks]
 
 
-def row(T: int, D: int, V: int, kind: str, seconds: dict, held: dict, peak: float) -> Row:
-    ms = measure.median_ms(seconds[kind])
-    gflops = 4 * T * D * V / ms / 1e6
+def row(T: int, D: int, V: int, kind: str, seconds: dict, held: dict, peaks: list[float]) -> Row:
+    work, ms = 4 * T * D * V / 1e9, measure.median_ms(seconds[kind])
     return Row(
         case=f"T={T} D={D} V={V} Q=1 {kind}",
         ms=ms,
-        gflops=gflops,
-        peak_percent=100 * gflops / peak,
+        gflops=1e3 * work / ms,
+        peak_percent=100 * statistics.median(work / s / peak for s, peak in zip(seconds[kind], peaks, strict=True)),
         torch_ratio=measure.ratio(seconds["torch"], seconds[kind]),
         onednn_ratio=measure.ratio(seconds["onednn"], seconds[kind]),
         peak_mib=held[kind],
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     with torch.inference_mode():
         for D in options.depths:
             for V in options.vocabularies[:1] if options.quick else options.vocabularies:
-                rows += run(options.tokens or T, D, V, dtypes, options.rounds or rounds, options.threads)
+                rows += run(options.tokens or T, D, V, dtypes, options.rounds or rounds)
                 print("\n".join(row.line() for row in rows[-len(dtypes) :]), flush=True)
     if options.save:
         print(f"saved to {table.append('linear_cross_entropy_delta', [asdict(row) for row in rows], about)}")

@@ -112,6 +112,7 @@ class Piece {
     void form_values(const float* shift) {
         for (int64_t i = first_row_; i < last_row_; i += GROUP) {
             const int64_t count = std::min(GROUP, last_row_ - i);
+            fetch_after(head_.value, 0, i);
             multiply_(head_.value, 0, row(i), count, panel_.get(), padded_, z(i), sums_.columns, false);
             for (int64_t j = i; j < i + count; ++j) take_values(j, shift);
         }
@@ -138,6 +139,7 @@ class Piece {
             for (size_t p = 0; p < head_.changes.size(); ++p) {
                 const Product& change = head_.changes[p];
                 const float* panel = change.shares_panel ? panel_.get() : own_panels_[p].get();
+                fetch_after(change, q, i);
                 multiply_(change, q, row(i), count, panel, padded_, d_.get(), sums_.columns, p > 0);
             }
             for (int64_t j = 0; j < count; ++j) take_changes(q, i + j, d_.get() + j * sums_.columns, shift);
@@ -170,6 +172,11 @@ class Piece {
         std::copy_n(whole + start_, n_, shift_.get());
         std::fill(shift_.get() + n_, shift_.get() + padded_, 0.0f);
         return shift_.get();
+    }
+
+    // The rows of the next group lie in a third-level cache: waiting for them cost 2 to 3 % at D = 256.
+    void fetch_after(const Product& product, int64_t q, int64_t i) const {
+        for (int64_t next = i + GROUP; next < std::min(i + 2 * GROUP, last_row_); ++next) product.fetch(q, *row(next));
     }
 
     const int64_t* row(int64_t i) const { return &sums_.rows[first_ + i]; }

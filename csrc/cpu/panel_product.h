@@ -40,6 +40,8 @@ struct Matrix {
         return static_cast<const float*>(first) + offset;
     }
 
+    int64_t bytes(int64_t numbers) const { return numbers * (dtype == DType::bf16 ? 2 : 4); }
+
     // to[k] += row n of query q, over as many numbers as `to` has.
     void add_row(int64_t q, int64_t n, std::vector<double>& to) const {
         if (dtype == DType::bf16) {
@@ -73,6 +75,13 @@ struct Product {
         if (in_place && !moved.first) return static_cast<const float*>(rows.row(q, n));
         loops->stage[static_cast<int>(rows.dtype)](rows.row(q, n), moved.first ? moved.row(q, n) : nullptr, D, room);
         return room;
+    }
+
+    // Asks for a row, into the second-level cache: a panel that passes through the first would push it out again.
+    void fetch(int64_t q, int64_t n) const {
+        constexpr int64_t LINE = 64;
+        const char* from = static_cast<const char*>(rows.row(q, n));
+        for (int64_t at = 0; at < rows.bytes(D); at += LINE) __builtin_prefetch(from + at, 0, 2);
     }
 
     void pack(int64_t q, int64_t begin, int64_t end, float* panel) const {
