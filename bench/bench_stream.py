@@ -172,22 +172,52 @@ def delivery(case: str, corpus, dataset: Dataset, rounds: int, peer: Dataset | N
     return Row(case, len(corpus) / spent, size, 100 * copy, 100 * cached, loader, beside)
 
 
-def sweeping(hidden: int, from_file, in_memory, rounds: int) -> Row:
+def sweeping(case: str, model: nn.Module, from_file, in_memory, rounds: int, **settings) -> Row:
     """A sweep with one query and a small model, data from a file against the same data in memory."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, hidden), nn.GELU(), nn.Linear(hidden, 10)).eval()
-    x, y = from_file.read(0, 1)
-    update = ff.mirror(model, (x, y), lr=1e-2)
+    first = from_file.read(0, 1)
+    loss = settings.get("loss", "cross_entropy")
+    update = ff.mirror(model, first, loss=loss, lr=1e-2)
     ways = {
-        "file": lambda: ff.sweep(model, [update], from_file, batch_size=1024),
-        "memory": lambda: ff.sweep(model, [update], in_memory, batch_size=1024),
+        name: lambda data=data: ff.sweep(model, [update], data, **settings)
+        for name, data in (("file", from_file), ("memory", in_memory))
     }
     seconds = measure.interleaved(ways, rounds)
     spent = measure.median_ms(seconds["file"]) / 1e3
     share = 100 * measure.ratio(seconds["memory"], seconds["file"])
-    size = x.nbytes * len(from_file) / spent / 1e9
-    case = f"sweep, 3072-{hidden}-10 net, fp32 images"
-    return Row(case, len(from_file) / spent, size, percent_of_compute=share)
+    samples = len(from_file) // settings.get("shard", (0, 1))[1]
+    size = _sample_bytes(first) * samples / spent / 1e9
+    return Row(f"sweep, {case}", samples / spent, size, percent_of_compute=share)
+
+
+def _sample_bytes(batch) -> int:
+    parts = batch.values() if isinstance(batch, dict) else batch
+    return sum(part.nbytes for part in parts)
+
+
+def small_net(hidden: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, hidden), nn.GELU(), nn.Linear(hidden, 10)).eval()
+
+
+def small_text_model() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=WINDOW)).eval()
+
+
+def sweeps(images, tokens, rounds: int) -> list[Row]:
+    """Of the first net, pixels made on the cores that compute are a 25th of the work; of the second, a 100th."""
+    pixels = images.read(0, len(images))
+    rows = [
+        sweeping(f"3072-{hidden}-10 net, fp32 images", small_net(hidden), images, pixels, rounds, batch_size=1024)
+        for hidden in (128, 512)
+    ]
+    ids = tokens.read(0, len(tokens))
+    settings = {"loss": "causal_lm", "batch_size": 8, "shard": (0, -(-len(tokens) // 96))}
+    model = small_text_model()
+    name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M transformer, windows of {WINDOW}"
+    return [*rows, sweeping(name, model, tokens, ids, rounds, **settings)]
 
 
 def evict(path: Path) -> bool:
@@ -242,10 +272,7 @@ def run(folder: Path, samples: int, rounds: int) -> list[Row]:
         delivery("32x32 images, fp32", open_corpus(images, **pixels), Images(images), rounds, peer),
         delivery("32x32 images, bf16", open_corpus(images, **pixels, dtype="bfloat16"), Images(images), rounds, peer),
     ]
-    corpus = open_corpus((images, labels), **pixels)
-    memory = corpus.read(0, len(corpus))
-    # Of the first net, pixels made on the cores that compute are a 25th of the work; of the second, a 100th.
-    rows += [sweeping(hidden, corpus, memory, rounds) for hidden in (128, 512)]
+    rows += sweeps(open_corpus((images, labels), **pixels), open_corpus(tokens, window=WINDOW), rounds)
     from_disk = cold(f"windows of {WINDOW}, cold", tokens, rounds)
     return rows if from_disk is None else [*rows, from_disk]
 
