@@ -128,7 +128,8 @@ class Graphed:
     def __init__(self, engine: Any, recorder: Recorder):
         self._engine, self._recorder = engine, recorder
         self.loss, self.device, self.dtype = engine.loss, engine.device, engine.dtype
-        self.score_dtype, self.output, self.rows = engine.score_dtype, engine.output, engine.rows
+        self.score_dtype, self.output = engine.score_dtype, engine.output
+        self.rows, self.room = engine.rows, engine.room
         self._seen: set[Any] = set()
         self._recorded: dict[Any, _Recorded] = {}
         self._shapes = self._replays = 0

@@ -93,6 +93,7 @@ def make_plan(
     engine: str = "",
     rows: int = 1,
     ragged: int = 0,
+    room: int = 0,
 ) -> Plan:
     """The plan of a sweep over samples ``[start, stop)``.
 
@@ -102,6 +103,7 @@ def make_plan(
         engine: why the engine is the one it is, for the plan's reason.
         rows: what the engine carries of a sample at once, 1 + Q in a stack.
         ragged: tokens of the sample, where texts differ in length and a block is a window to sort them in; else 0.
+        room: bytes that the engine may keep from one chunk of queries to the next.
 
     Raises:
         ValueError: ``batch_size`` below 1.
@@ -122,7 +124,7 @@ def make_plan(
         forward = batch_size or min(block, MOST)
         why += f", samples sorted by length in windows of {block}"
     threads = torch.get_num_threads()
-    return Plan(start, stop, block, forward, tokens, threads=threads, reason=engine + why)
+    return Plan(start, stop, block, forward, tokens, stack=rows, room=room, threads=threads, reason=engine + why)
 
 
 def _fitting(found: Probe, device: torch.device, rows: int) -> tuple[int, int]:

@@ -133,6 +133,7 @@ class DeltaEngine:
         self._sets, self._folded = weight_sets(self._body, model, updates, dtype, self._chunk)
         self._buffers = {name: self._body.slots[name].tensor for name in self._body.buffers}
         self._state = State()
+        self.room = keep if len(self._counts) > 1 else 0
         self._kept = Kept(keep) if len(self._counts) > 1 else None
         self._head = ""
 
@@ -154,13 +155,13 @@ class DeltaEngine:
             "device": self.device.type,
             "fused_modules": dict(self._fused),
             "folded_batch_norms": self._folded,
-            "queries_at_once": self._chunk,
         }
 
     def record(self) -> dict[str, Any]:
         """What was done, for the manifest."""
         return {
             **self.settings(),
+            "queries_at_once": self._chunk,
             "head": self._head,
             "generic_rules": dict(self._state.generic),
             **({} if self._kept is None else {"products_kept_between_chunks": self._kept.used}),

@@ -50,6 +50,7 @@ class DotEngine:
 
     name = "dot"
     rows = 1  # of a sample under way at once
+    room = 0  # bytes kept between chunks of queries
     columns = 1  # of a text's batch, a multiple: any number
 
     def __init__(

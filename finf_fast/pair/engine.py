@@ -43,6 +43,7 @@ class PairEngine:
 
     name = "pair"
     rows = 1  # of a sample under way at once
+    room = 0  # bytes kept between chunks of queries
     columns = 1  # of a text's batch, a multiple: any number
 
     def __init__(

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,18 @@ def open_store(
         folder.close()
         raise
     return Store(folder)
+
+
+def earlier(out: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """The manifest of the run that a folder holds, or None: what of it a sweep takes over is known before it opens it.
+
+    Raises:
+        DamagedFile: the manifest cannot be read.
+    """
+    if out is None or not (Path(out) / manifests.NAME).exists():
+        return None
+    found = manifests.read(Path(out))
+    return found if found["ready"] else None
 
 
 def enter(folder: Folder, wanted: dict[str, Any], resume: bool) -> None:
