@@ -7,7 +7,7 @@ branch that only some samples take) is scored by pairs alone, counted in the rec
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,15 @@ class Carried:
 
     def record(self) -> dict[str, Any]:
         return {**self._delta.record(), "batches_by_pair": dict(self._by_pair)}
+
+    def counted(self) -> dict[str, Any]:
+        """What grows from batch to batch, as JSON has it."""
+        return {**self._delta.counted(), "batches_by_pair": dict(self._by_pair)}
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        """Goes on from where an engine had counted so far."""
+        self._by_pair = dict(counted.get("batches_by_pair", {}))
+        self._delta.resume(counted)
 
 
 @dataclass(frozen=True)

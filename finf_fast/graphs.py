@@ -16,7 +16,7 @@ is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -142,6 +142,13 @@ class Graphed:
     def record(self) -> dict[str, Any]:
         graphs = {"shapes": self._shapes, "batches": self._replays, **({"ended": self._ended} if self._ended else {})}
         return {**self._engine.record(), "graphs": graphs}
+
+    def counted(self) -> dict[str, Any]:
+        """The engine's own."""
+        return self._engine.counted()
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        self._engine.resume(counted)
 
     def score(self, batch: Any) -> Result:
         """As the engine's, and the same numbers."""

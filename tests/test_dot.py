@@ -14,7 +14,7 @@ from finf_fast.dot.changes import packed
 from finf_fast.loss import mapped, resolve
 from finf_fast.lowrank import LowRank, dense
 from finf_fast.order import moves_samples
-from mixing_models import Sorted, TimeFirst
+from mixing_models import Late, Sorted, TimeFirst
 
 B, Q = 6, 3
 
@@ -118,20 +118,6 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x)[0][:, -1])
-
-
-class Late(nn.Module):
-    """A branch that counts for large samples only, and swaps the last two by a product before its layer and after."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.branch, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        swap = torch.eye(len(x)).to(x)
-        swap[-2:] = swap[-2:].flip(0)
-        branch = swap @ self.branch(swap @ x)
-        return self.head(torch.tanh(self.first(x) + (x.norm(dim=1, keepdim=True) > 10) * branch))
 
 
 class Computed(nn.Module):

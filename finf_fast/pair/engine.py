@@ -75,6 +75,13 @@ class PairEngine:
         """What was done, for the manifest."""
         return self.settings()
 
+    def counted(self) -> dict[str, Any]:
+        """Nothing that a later batch depends on."""
+        return {}
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
+
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share."""
         return {
