@@ -166,7 +166,8 @@ def forward_inf(
     Returns:
         :class:`Scores`, one row of ``delta`` a query. ``scores.record["mirror"]`` holds what the steps have in common;
         of methods that find their own step size also ``linear_regime``, the whole step against its half on up to 8
-        queries and 64 samples: ``departure`` from a straight line (0 to 1) and ``rank_agreement``.
+        queries and 64 samples, whose finite changes are carried for ``engine="dot"`` too: ``departure`` from a straight
+        line (0 to 1) and ``rank_agreement``.
     """
     how = {"lr": lr, "direction": direction, "steps": steps, "params": params, "mode": mode, "seed": seed}
     given = {key: value for key, value in how.items() if value is not None}
