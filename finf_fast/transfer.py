@@ -149,7 +149,9 @@ class CudaLanes:
             return tensor.to(self._device, non_blocking=True)
 
     def mark(self) -> torch.cuda.Event:
-        return self._copies.record_event()
+        event = torch.cuda.Event(blocking=True)  # one that is waited for by sleeping: the model wants the core
+        event.record(self._copies)
+        return event
 
     def passed(self, event: torch.cuda.Event) -> bool:
         return event.query()
