@@ -26,7 +26,7 @@ from finf_fast.records import Plan
 from finf_fast.scores import Scores, earlier, open_store
 from finf_fast.scoring import Scorer
 from finf_fast.skeleton import vocabulary
-from finf_fast.staging import PADDED, stage
+from finf_fast.staging import PADDED, ROOM, stage
 from finf_fast.steps import updates_for
 from finf_fast.transfer import crossing_to, decodes, rows, to_device
 from finf_fast.update import Update
@@ -121,7 +121,7 @@ def sweep(
         bar.advance(store.scored)
         staged, decode = _staged(corpus, device, loss)
         scorer = Scorer(runner, corpus, store, found, vocabulary(model), nonfinite, bar.advance, crossing, decode)
-        with closing(stage(staged, store.plan, store.missing(), send=crossing.send)) as blocks:
+        with closing(stage(staged, store.plan, store.missing(), send=crossing.send, room=ROOM)) as blocks:
             for block in scorer.clock.waiting(blocks):
                 scorer.write(block)
                 del block  # with its memory on the device, before the next is awaited

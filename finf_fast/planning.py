@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finf_fast.loss import mapped
+from finf_fast.loss import byte_size, mapped
 from finf_fast.ragged import FORWARDS
 from finf_fast.records import Plan
 
@@ -62,7 +62,7 @@ def probe(output: Callable[[Any], Tensor], sample: Any) -> Probe:
     if not torch.allclose(value, again, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ValueError("model: wanted the same output twice in eval mode, got two that differ (dropout left on?)")
     tokens = value[0, ..., 0].numel() if value.dim() > 1 else 1
-    inputs = _bytes(sample)
+    inputs = byte_size(sample)
     held = watch.bytes + 2 * value.nbytes + INPUT_COPIES * inputs
     return Probe(held, inputs, value.shape[-1] if value.dim() > 1 else 1, tokens)
 
@@ -197,12 +197,6 @@ def _device(batch: Any) -> torch.device:
     found: list[torch.device] = []
     mapped(lambda tensor: found.append(tensor.device) or tensor, batch)
     return found[0] if found else torch.device("cpu")
-
-
-def _bytes(batch: Any) -> int:
-    sizes: list[int] = []
-    mapped(lambda tensor: sizes.append(tensor.nbytes) or tensor, batch)
-    return sum(sizes)
 
 
 def _harmless(sample: Any) -> Any:

@@ -20,7 +20,7 @@ from finf_fast.records import Part
 
 __all__ = ["Crossing", "CudaLanes", "Lanes", "crossing_to", "decodes", "rows", "to_device"]
 
-AHEAD = 2  # batches on their way at most beside the one that is sent: as many as staging has waiting
+AHEAD = 2  # batches on their way at most beside the one that is sent: they go one by one, so more keep no lane busier
 
 
 class Lanes(Protocol):
