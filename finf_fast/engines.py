@@ -7,7 +7,7 @@ branch that only some samples take) is scored by pairs alone, counted in the rec
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from finf_fast.planning import SHARE, Probe, free_bytes, out_of_memory, probe
 from finf_fast.skeleton import Guard, WritesWeights
 from finf_fast.update import Update
 
-__all__ = ["ENGINES", "Chosen", "choose_engine"]
+__all__ = ["ENGINES", "Chosen", "Settled", "choose_engine"]
 
 ENGINES = ("auto", "delta", "pair", "dot")
 FEW = 8  # queries that are not worth a look at memory beforehand
@@ -41,7 +41,8 @@ class Carried:
         self._pair: PairEngine | None = None
         self._by_pair: dict[str, int] = {}
         self.loss, self.device, self.dtype, self.score_dtype = delta.loss, delta.device, delta.dtype, delta.score_dtype
-        self.output, self.settings, self.rows, self.columns = delta.output, delta.settings, delta.rows, delta.columns
+        self.output, self.settings, self.columns = delta.output, delta.settings, delta.columns
+        self.rows, self.room = delta.rows, delta.room
 
     def score(self, batch: Any) -> Result:
         try:
@@ -59,6 +60,15 @@ class Carried:
     def record(self) -> dict[str, Any]:
         return {**self._delta.record(), "batches_by_pair": dict(self._by_pair)}
 
+    def counted(self) -> dict[str, Any]:
+        """What grows from batch to batch, as JSON has it."""
+        return {**self._delta.counted(), "batches_by_pair": dict(self._by_pair)}
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        """Goes on from where an engine had counted so far."""
+        self._by_pair = dict(counted.get("batches_by_pair", {}))
+        self._delta.resume(counted)
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -67,6 +77,25 @@ class Chosen:
     engine: Any
     found: Probe
     reason: str
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What memory decided when a sweep began; it holds for whoever goes on with it, however much is free then.
+
+    Attributes:
+        engine, dtype: as in the folder's settings.
+        stack, room: as in its plan.
+    """
+
+    engine: str
+    dtype: str
+    stack: int
+    room: int
+
+    def suits(self, engine: str, dtype: torch.dtype | None) -> bool:
+        """Whether what is asked for leaves it open; if not, the folder will be refused for what it holds."""
+        return engine in ("auto", self.engine) and (dtype is None or _word(dtype) == self.dtype)
 
 
 def choose_engine(
@@ -79,6 +108,7 @@ def choose_engine(
     engine: str,
     keep: int,
     sample: Any,
+    settled: Settled | None = None,
 ) -> Chosen:
     """The engine for a model, its updates and a sample of the corpus.
 
@@ -88,17 +118,19 @@ def choose_engine(
         engine: ``"delta"``, ``"pair"``, ``"dot"`` (first order), or ``"auto"``: delta wherever it applies.
         keep: bytes that the queries' changes may take in the engine.
         sample: a batch of one, on the device.
+        settled: of the sweep that is resumed, if one is.
 
     Raises:
         NotCarried: ``engine="delta"`` and the model cannot be carried.
         ValueError: a dtype that the engine does not have.
     """
+    settled = settled if settled is not None and settled.suits(engine, dtype) else None
     try:
         with Guard(model):
-            return _choose(model, updates, loss, device, dtype, engine, keep, sample)
+            return _choose(model, updates, loss, device, dtype, engine, keep, sample, settled)
     except WritesWeights:
         private = copy.deepcopy(model)  # one that writes into its weights gets weights of its own
-        return _choose(private, updates, loss, device, dtype, engine, keep, sample)
+        return _choose(private, updates, loss, device, dtype, engine, keep, sample, settled)
 
 
 def _choose(
@@ -110,6 +142,7 @@ def _choose(
     engine: str,
     keep: int,
     sample: Any,
+    settled: Settled | None,
 ) -> Chosen:
     own = _own(model)
 
@@ -122,10 +155,12 @@ def _choose(
         return pair("as asked")
     if engine == "dot":
         return _first_order(model, updates, loss, device, dtype, own, sample)
-    if engine == "auto" and (reason := _too_large(updates, keep)):
+    if settled is not None and settled.engine == "pair":
+        return pair("as the sweep began")
+    if engine == "auto" and settled is None and (reason := _too_large(updates, keep)):
         return pair(reason)
     try:
-        runner, found, reason = _carried(model, updates, loss, device, dtype, own, sample)
+        runner, found, reason = _carried(model, updates, loss, device, dtype, own, sample, settled)
     except Exception as error:  # what is wrong with the model or the batch itself, pairs will say in their turn
         if engine == "delta" or out_of_memory(error) or isinstance(error, WritesWeights):
             raise
@@ -162,13 +197,14 @@ def _carried(
     dtype: torch.dtype | None,
     own: torch.dtype,
     sample: Any,
+    settled: Settled | None,
 ) -> tuple[DeltaEngine, Probe, str]:
     """The delta engine in the precision that suits the net."""
     first = dtype if dtype is not None else torch.bfloat16 if own in HALF else own
-    runner, found, chunks = _fitting(model, updates, loss, device, first, sample)
+    runner, found, chunks = _fitting(model, updates, loss, device, first, sample, settled)
     kinks = runner.kinks()
     if dtype is None and own in HALF and kinks:
-        runner, found, chunks = _fitting(model, updates, loss, device, torch.float32, sample)
+        runner, found, chunks = _fitting(model, updates, loss, device, torch.float32, sample, settled)
         why = f"{', '.join(kinks)} in bfloat16 would flip masks"
         return runner, found, f"{_word(own)} weights in float32: {why}{chunks}"
     why = "as asked" if dtype is not None else "the model's own"
@@ -185,14 +221,17 @@ def _fitting(
     device: torch.device,
     dtype: torch.dtype,
     sample: Any,
+    settled: Settled | None,
 ) -> tuple[DeltaEngine, Probe, str]:
     """The engine with as many queries in a stack as memory holds for a sample; what it showed; a word on chunks."""
-    chunk = len(updates)
-    if chunk > FEW:
+    chunk, room = len(updates), free_bytes(device) // SHARE
+    if settled is not None:
+        chunk, room = settled.stack - 1, settled.room
+    elif chunk > FEW:
         found = probe(DeltaEngine(model, updates[:1], loss, device, dtype).output, sample)
-        rows = free_bytes(device) // SHARE * 2 // max(1, found.bytes)  # a stack of one query has two rows
+        rows = room * 2 // max(1, found.bytes)  # a stack of one query has two rows
         chunk = max(1, min(chunk, rows - 1))
-    runner = DeltaEngine(model, updates, loss, device, dtype, chunk, keep=free_bytes(device) // SHARE)
+    runner = DeltaEngine(model, updates, loss, device, dtype, chunk, keep=room)
     said = f"; queries in chunks of {chunk}" if chunk < len(updates) else ""
     return runner, probe(runner.output, sample), said
 

@@ -16,7 +16,7 @@ is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -128,7 +128,8 @@ class Graphed:
     def __init__(self, engine: Any, recorder: Recorder):
         self._engine, self._recorder = engine, recorder
         self.loss, self.device, self.dtype = engine.loss, engine.device, engine.dtype
-        self.score_dtype, self.output, self.rows = engine.score_dtype, engine.output, engine.rows
+        self.score_dtype, self.output = engine.score_dtype, engine.output
+        self.rows, self.room = engine.rows, engine.room
         self._seen: set[Any] = set()
         self._recorded: dict[Any, _Recorded] = {}
         self._shapes = self._replays = 0
@@ -141,6 +142,13 @@ class Graphed:
     def record(self) -> dict[str, Any]:
         graphs = {"shapes": self._shapes, "batches": self._replays, **({"ended": self._ended} if self._ended else {})}
         return {**self._engine.record(), "graphs": graphs}
+
+    def counted(self) -> dict[str, Any]:
+        """The engine's own."""
+        return self._engine.counted()
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        self._engine.resume(counted)
 
     def score(self, batch: Any) -> Result:
         """As the engine's, and the same numbers."""

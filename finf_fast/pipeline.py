@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from finf_fast import identity
 from finf_fast import loss as losses
 from finf_fast.corpus import Corpus, evenly, open_corpus
-from finf_fast.engines import ENGINES, choose_engine
+from finf_fast.engines import ENGINES, Settled, choose_engine
 from finf_fast.loss import Loss
 from finf_fast.planning import Probe, free_bytes, make_plan
 from finf_fast.progress import Progress
 from finf_fast.ragged import width
-from finf_fast.scores import Scores, open_store
+from finf_fast.records import Plan
+from finf_fast.scores import Scores, earlier, open_store
 from finf_fast.scoring import Scorer
 from finf_fast.skeleton import vocabulary
-from finf_fast.staging import PADDED, stage
+from finf_fast.staging import PADDED, ROOM, stage
 from finf_fast.steps import updates_for
 from finf_fast.transfer import crossing_to, decodes, rows, to_device
 from finf_fast.update import Update
@@ -95,13 +96,13 @@ def sweep(
     device = _place(model, device)
     sample = to_device(_longest(corpus, start, stop), device)
     settings = {"device": device, "dtype": dtype, "engine": engine, "keep": free_bytes(device) // 4}
-    chosen = choose_engine(model, updates, loss, sample=sample, **settings)
+    chosen = choose_engine(model, updates, loss, sample=sample, settled=_settled(out), **settings)
     runner, found = chosen.engine, chosen.found
     found = _with_room(found, corpus, start, stop, width(sample, loss)) if per_token else found
     store = open_store(
         out,
         identity.of(model, updates, corpus, loss, {**runner.settings(), "nonfinite": nonfinite}),
-        make_plan(found, start, stop, device, batch_size, chosen.reason, runner.rows, width(sample, loss)),
+        make_plan(found, start, stop, device, batch_size, chosen.reason, runner.rows, width(sample, loss), runner.room),
         queries=len(updates),
         dtype=str(runner.score_dtype).removeprefix("torch."),
         tokens=found.tokens if per_token else None,
@@ -120,7 +121,7 @@ def sweep(
         bar.advance(store.scored)
         staged, decode = _staged(corpus, device, loss)
         scorer = Scorer(runner, corpus, store, found, vocabulary(model), nonfinite, bar.advance, crossing, decode)
-        with closing(stage(staged, store.plan, store.missing(), send=crossing.send)) as blocks:
+        with closing(stage(staged, store.plan, store.missing(), send=crossing.send, room=ROOM)) as blocks:
             for block in scorer.clock.waiting(blocks):
                 scorer.write(block)
                 del block  # with its memory on the device, before the next is awaited
@@ -165,7 +166,8 @@ def forward_inf(
     Returns:
         :class:`Scores`, one row of ``delta`` a query. ``scores.record["mirror"]`` holds what the steps have in common;
         of methods that find their own step size also ``linear_regime``, the whole step against its half on up to 8
-        queries and 64 samples: ``departure`` from a straight line (0 to 1) and ``rank_agreement``.
+        queries and 64 samples, whose finite changes are carried for ``engine="dot"`` too: ``departure`` from a straight
+        line (0 to 1) and ``rank_agreement``.
     """
     how = {"lr": lr, "direction": direction, "steps": steps, "params": params, "mode": mode, "seed": seed}
     given = {key: value for key, value in how.items() if value is not None}
@@ -236,6 +238,16 @@ def _staged(corpus: Corpus, device: torch.device, loss: Loss) -> tuple[Corpus, C
     # A check that looks at pixels has to see them as the model does: these two look at labels alone.
     checked = type(loss).check in (Loss.check, losses.CrossEntropy.check)
     return (checked and decodes(device) and corpus.undecoded()) or (corpus, None)
+
+
+def _settled(out: str | os.PathLike[str] | None) -> Settled | None:
+    """What memory decided for the sweep that a folder holds."""
+    manifest = earlier(out)
+    if manifest is None:
+        return None
+    settings = manifest["identity"].get("settings", {})  # another writer's folder may have none, and is refused later
+    plan = Plan.from_json(manifest["plan"])
+    return Settled(settings.get("engine", ""), settings.get("dtype", ""), plan.stack, plan.room)
 
 
 def _with_room(found: Probe, corpus: Corpus, start: int, stop: int, seen: int) -> Probe:

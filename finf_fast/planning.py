@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finf_fast.loss import mapped
+from finf_fast.loss import byte_size, mapped
 from finf_fast.ragged import FORWARDS
 from finf_fast.records import Plan
 
@@ -62,7 +62,7 @@ def probe(output: Callable[[Any], Tensor], sample: Any) -> Probe:
     if not torch.allclose(value, again, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ValueError("model: wanted the same output twice in eval mode, got two that differ (dropout left on?)")
     tokens = value[0, ..., 0].numel() if value.dim() > 1 else 1
-    inputs = _bytes(sample)
+    inputs = byte_size(sample)
     held = watch.bytes + 2 * value.nbytes + INPUT_COPIES * inputs
     return Probe(held, inputs, value.shape[-1] if value.dim() > 1 else 1, tokens)
 
@@ -93,6 +93,7 @@ def make_plan(
     engine: str = "",
     rows: int = 1,
     ragged: int = 0,
+    room: int = 0,
 ) -> Plan:
     """The plan of a sweep over samples ``[start, stop)``.
 
@@ -102,6 +103,7 @@ def make_plan(
         engine: why the engine is the one it is, for the plan's reason.
         rows: what the engine carries of a sample at once, 1 + Q in a stack.
         ragged: tokens of the sample, where texts differ in length and a block is a window to sort them in; else 0.
+        room: bytes that the engine may keep from one chunk of queries to the next.
 
     Raises:
         ValueError: ``batch_size`` below 1.
@@ -122,7 +124,7 @@ def make_plan(
         forward = batch_size or min(block, MOST)
         why += f", samples sorted by length in windows of {block}"
     threads = torch.get_num_threads()
-    return Plan(start, stop, block, forward, tokens, threads=threads, reason=engine + why)
+    return Plan(start, stop, block, forward, tokens, stack=rows, room=room, threads=threads, reason=engine + why)
 
 
 def _fitting(found: Probe, device: torch.device, rows: int) -> tuple[int, int]:
@@ -195,12 +197,6 @@ def _device(batch: Any) -> torch.device:
     found: list[torch.device] = []
     mapped(lambda tensor: found.append(tensor.device) or tensor, batch)
     return found[0] if found else torch.device("cpu")
-
-
-def _bytes(batch: Any) -> int:
-    sizes: list[int] = []
-    mapped(lambda tensor: sizes.append(tensor.nbytes) or tensor, batch)
-    return sum(sizes)
 
 
 def _harmless(sample: Any) -> Any:

@@ -80,6 +80,8 @@ class Plan:
         forward: samples per forward, at most; None for a whole block.
         tokens: of texts of different lengths, tokens per forward, padding counted, at most; None for any number.
         halvings: ``(block number, samples per forward)`` from that block on; grows when memory runs out.
+        stack: rows of a sample that the engine carries at once, as many as memory held: 1 + queries, or 1.
+        room: bytes that products may take from one chunk of queries to the next; one made anew may round another way.
         threads: intra-op threads of torch; another count may round another way.
         reason: one line that says why it was planned so.
     """
@@ -90,6 +92,8 @@ class Plan:
     forward: int | None = None
     tokens: int | None = None
     halvings: tuple[tuple[int, int], ...] = ()
+    stack: int = 1
+    room: int = 0
     threads: int = 1
     reason: str = ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,7 +92,9 @@ class Scorer:
         self._runner, self._corpus, self._store = runner, corpus, store
         self._limits, self._nonfinite, self._tokens = (found.outputs, vocabulary), nonfinite, found.tokens
         self._on_scored, self._crossing, self._decode, self.clock = on_scored, crossing, decode, Clock()
-        self._samples = self._empty = self._there = self._computed = self._told = 0
+        self._empty = self._there = self._computed = self._told = 0
+        if store.counted:
+            self._resume(store.counted)
 
     def write(self, block: Block) -> None:
         """Checks, scores and stores one block; nothing of a bad one is written."""
@@ -107,10 +109,9 @@ class Scorer:
             self.clock.move(self._crossing.waited(), "model", "transfer")
         if result.empty is not None:
             self._empty += int(result.empty.sum())
-        self._samples += len(block)
         self._require_tokens(result)
         with self.clock.of("scores"):
-            self._store.write(block.number, *arrays)
+            self._store.write(block.number, *arrays, counted=self._counted())
         self._tell(len(block))
 
     def _check(self, block: Block, part: Part) -> None:
@@ -122,7 +123,7 @@ class Scorer:
             raise BadSample(f"sample {sample} ({self._corpus.locate(sample)}): {error}", row) from None
 
     def record(self) -> dict[str, Any]:
-        """How the run went, for the manifest."""
+        """How the run went, for the manifest: times are of this run, counts of those that it goes on from too."""
         padding = {} if not self._computed else {"padding_percent": round(100 - 100 * self._there / self._computed, 2)}
         return {
             **self._runner.record(),
@@ -130,13 +131,24 @@ class Scorer:
             **self.clock.record(),
             **self._crossing.record(),
             **({} if self._decode is None else {"pixels_decoded": "on the device"}),
-            "samples_scored": self._samples,
+            "samples_scored": self._store.scored,
             "samples_without_target": self._empty,
             **padding,
         }
 
+    def _counted(self) -> dict[str, Any]:
+        """What goes into the record, and what a later block depends on, as of now."""
+        mine = {"empty": self._empty, "there": self._there, "computed": self._computed}
+        return {**mine, "engine": self._runner.counted()}
+
+    def _resume(self, counted: Mapping[str, Any]) -> None:
+        """Goes on from there: after an interruption, and in a block that begins again."""
+        self._empty, self._there, self._computed = (counted[key] for key in ("empty", "there", "computed"))
+        self._runner.resume(counted["engine"])
+
     def _score(self, block: Block) -> Result:
         """The block's result, in smaller forwards from here on if memory runs out."""
+        before = self._counted()
         while True:
             done, part, self._told = [], None, 0
             try:
@@ -151,6 +163,7 @@ class Scorer:
                     raise
                 halved = max(1, len(part) // 2)
             self._tell(0)
+            self._resume(before)
             self._store.halve(block.number, halved)
 
     def _tell(self, scored: int) -> None:

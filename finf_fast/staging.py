@@ -1,8 +1,8 @@
 """Stage 2, staging: one thread reads blocks ahead of the model, never more than a few, and hands them over in order.
 
-A slot is taken before a block is read and given back when the consumer takes the block, so that at most ``depth``
-decoded blocks wait at any moment, whatever their size; whoever waits sleeps until it is woken. What is read can be sent
-on its way to the device by the same thread, so that it crosses while the consumer computes.
+A block is read when there is a place for it, and gives its place back when the consumer takes it: two decoded blocks
+may wait at any moment whatever their size, more where all of them are small; whoever waits sleeps until it is woken.
+What is read can be sent on its way to the device by the same thread, so that it crosses while the consumer computes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from queue import SimpleQueue
@@ -19,17 +20,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from finf_fast.loss import byte_size
 from finf_fast.records import Block, Part, Plan
 
-__all__ = ["PADDED", "stage"]
+__all__ = ["PADDED", "ROOM", "stage"]
 
 _END = object()
 PADDED = 8 << 20  # tokens of a batch, padding counted: 64 MiB as int64, what a window of samples of one length has
+ROOM = 32 << 20  # bytes of blocks that wait: more would have left a processor's last cache when their turn comes
+MOST = 8  # blocks in that room: they even out a reading that stutters, which a few do as well as many
 GRACE = 5.0  # seconds that the end of the interpreter waits for a reading that hangs, on a network disk perhaps
 
 
 def stage(
-    corpus: Any, plan: Plan, numbers: Iterable[int], depth: int = 2, send: Callable[[Any], Any] | None = None
+    corpus: Any,
+    plan: Plan,
+    numbers: Iterable[int],
+    depth: int = 2,
+    send: Callable[[Any], Any] | None = None,
+    room: int = 0,
 ) -> Iterator[Block]:
     """Read blocks of a plan ahead, in one background thread, and yield them in the order asked for.
 
@@ -43,6 +52,7 @@ def stage(
         numbers: which blocks, 0 … plan.blocks - 1, in this order.
         depth: decoded blocks that may wait, 1 or more, besides the one the consumer holds.
         send: called in the thread with every batch read; what it gives back is the part's ``sent``.
+        room: bytes in which more than ``depth`` may wait, up to MOST, should they be small enough.
 
     Raises:
         ValueError: depth below 1; a block number that the plan does not have.
@@ -52,7 +62,7 @@ def stage(
         raise TypeError(f"depth: wanted an integer, got {depth!r}")
     if depth < 1:
         raise ValueError(f"depth: wanted 1 or more blocks, got {depth}")
-    return _staged(_Reader(corpus, plan, numbers, depth, send))
+    return _staged(_Reader(corpus, plan, numbers, _Places(depth, room), send))
 
 
 def _staged(reader: _Reader) -> Iterator[Block]:
@@ -61,7 +71,7 @@ def _staged(reader: _Reader) -> Iterator[Block]:
         while (item := reader.ready.get()) is not _END:
             if isinstance(item, BaseException):
                 raise item
-            reader.slots.release()
+            reader.places.leave()
             yield item
             # The block is the consumer's alone from here: not kept alive while the next one is awaited.
             del item
@@ -69,16 +79,57 @@ def _staged(reader: _Reader) -> Iterator[Block]:
         reader.stop()
 
 
+class _Places:
+    """Where blocks wait, the first that comes being the first that leaves."""
+
+    def __init__(self, depth: int, room: int):
+        self._depth, self._room = depth, room
+        self._sizes: deque[int] = deque()
+        self._largest = 0  # of all blocks so far: what the next one is taken to have
+        self._changed, self._closed = threading.Condition(), False
+
+    def wait(self) -> bool:
+        """Sleeps until there is one for a block that is about to be read; False when nobody wants it any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._free())
+        return not self._closed
+
+    def enter(self, size: int) -> None:
+        with self._changed:
+            self._sizes.append(size)
+            self._largest = max(self._largest, size)
+
+    def leave(self) -> None:
+        with self._changed:
+            self._sizes.popleft()
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _free(self) -> bool:
+        count = len(self._sizes)
+        return count < self._depth or (count < MOST and sum(self._sizes) + self._largest <= self._room)
+
+
 class _Reader(threading.Thread):
     """The thread that reads; ``ready`` carries blocks, then the end or the exception that ended it."""
 
-    def __init__(self, corpus: Any, plan: Plan, numbers: Iterable[int], depth: int, send: Callable[[Any], Any] | None):
+    def __init__(
+        self,
+        corpus: Any,
+        plan: Plan,
+        numbers: Iterable[int],
+        places: _Places,
+        send: Callable[[Any], Any] | None,
+    ):
         # A daemon, so that a second Ctrl-C, while a read hangs on a dead network disk, still ends the process.
         super().__init__(name="finf-fast-staging", daemon=True)
         self.ready: SimpleQueue[Any] = SimpleQueue()
-        self.slots = threading.Semaphore(depth)
+        self.places = places
         self._work, self._send = (corpus, plan, numbers), send
-        self._stopped = False
 
     def start(self) -> None:
         _running.add(self)
@@ -95,21 +146,22 @@ class _Reader(threading.Thread):
 
     def _read_all(self, corpus: Any, plan: Plan, numbers: Iterable[int]) -> None:
         for number in numbers:
-            self.slots.acquire()
-            if self._stopped:
+            if not self.places.wait():
                 return
             if not 0 <= number < plan.blocks:
                 raise ValueError(f"numbers: wanted blocks 0 to {plan.blocks - 1}, got {number}")
             start, stop = plan.rows(number)
-            self.ready.put(Block(number, start, stop, tuple(map(self._sent, _parts(corpus, plan, start, stop)))))
+            block = Block(number, start, stop, tuple(map(self._sent, _parts(corpus, plan, start, stop))))
+            self.places.enter(sum(byte_size(part.batch) for part in block.parts))
+            self.ready.put(block)
+            del block  # the consumer's alone, as soon as it is taken
 
     def _sent(self, part: Part) -> Part:
         return part if self._send is None else replace(part, sent=self._send(part.batch))
 
     def stop(self, patience: float | None = None) -> None:
-        """Wake the thread if it waits for a slot, and wait until it is gone, or for so many seconds."""
-        self._stopped = True
-        self.slots.release()
+        """Wake the thread if it waits for a place, and wait until it is gone, or for so many seconds."""
+        self.places.close()
         self.join(patience)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from finf_fast import identity, regime
@@ -47,8 +49,8 @@ def updates_for(
     """
     kept = {key: settings[key] for key in ("device", "dtype", "engine", "batch_size") if key in settings}
 
-    def scored(updates: Sequence[Update], samples: Any) -> Scores:
-        return sweep(model, updates, samples, loss=how["loss"], progress=False, nonfinite="keep", **kept)
+    def scored(updates: Sequence[Update], samples: Any, **other: Any) -> Scores:
+        return sweep(model, updates, samples, loss=how["loss"], progress=False, nonfinite="keep", **{**kept, **other})
 
     options = _with_factors(model, corpus, how, dict(options), progress)
     told: dict[str, Any] = {}
@@ -57,7 +59,7 @@ def updates_for(
     with Progress(0, "mirror steps", progress) as bar:
         updates = mirrors_of(model, queries, on_done=bar.reach, **how, **options)
     if "expected_rms" in updates[0].record:  # the method found its own length
-        told["linear_regime"] = _regime(updates, corpus, scored)
+        told["linear_regime"] = _regime(updates, corpus, partial(scored, **_finite(kept)))
     others: list[Update] = []
     if background is not None:
         own = {f"background {sample}": [row] for row, sample in enumerate(background.tolist())}
@@ -109,6 +111,14 @@ def _lead(influence: np.ndarray, places: Sequence[int]) -> float:
     own = compared[each].copy()
     compared[each] = -np.inf
     return float(np.mean(np.log(np.maximum(own, LOST) / np.maximum(compared.max(1), LOST))))
+
+
+def _finite(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What to change in a sweep's settings for changes of finite steps, since to first order everything is linear."""
+    if settings.get("engine") != "dot":
+        return {}
+    half = settings.get("dtype") is torch.bfloat16  # which pairs, if it comes to them, do not have
+    return {"engine": "auto", **({"dtype": None} if half else {})}
 
 
 def _regime(updates: Sequence[Update], corpus: Corpus, scored: Callable[..., Scores]) -> dict[str, Any]:

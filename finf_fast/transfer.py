@@ -20,7 +20,7 @@ from finf_fast.records import Part
 
 __all__ = ["Crossing", "CudaLanes", "Lanes", "crossing_to", "decodes", "rows", "to_device"]
 
-AHEAD = 2  # batches on their way at most beside the one that is sent: as many as staging has waiting
+AHEAD = 2  # batches on their way at most beside the one that is sent: they go one by one, so more keep no lane busier
 
 
 class Lanes(Protocol):
@@ -149,7 +149,9 @@ class CudaLanes:
             return tensor.to(self._device, non_blocking=True)
 
     def mark(self) -> torch.cuda.Event:
-        return self._copies.record_event()
+        event = torch.cuda.Event(blocking=True)  # one that is waited for by sleeping: the model wants the core
+        event.record(self._copies)
+        return event
 
     def passed(self, event: torch.cuda.Event) -> bool:
         return event.query()

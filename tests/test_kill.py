@@ -35,11 +35,13 @@ def block_scores(plan: Plan, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 def sweep(out: Path) -> None:
     with open_store(out, {"model": "ab"}, PLAN, QUERIES, np.float64) as writer:
+        counted = dict(writer.counted or {"blocks": 0})
         for number in writer.missing():
             if writer.plan.forward_size(number) > HALVINGS.get(number, PLAN.block):
                 writer.halve(number, HALVINGS[number])
-            writer.write(number, *block_scores(writer.plan, number))
-        writer.finish()
+            counted["blocks"] += 1
+            writer.write(number, *block_scores(writer.plan, number), counted=counted)
+        writer.finish(counted)
 
 
 def sweep_slowly(out: Path) -> None:
@@ -115,6 +117,7 @@ def test_killed_at_random_moments(tmp_path):
     sweep(tmp_path / "straight")
     assert check_flagged(interrupted) == PLAN.blocks
     assert contents(interrupted) == contents(tmp_path / "straight")
+    assert Scores.open(interrupted).record == {"blocks": PLAN.blocks}
     plans = [Scores.open(folder).manifest["plan"] for folder in (interrupted, tmp_path / "straight")]
     assert plans[0] == plans[1]
     assert len(plans[0]["halvings"]) == len(HALVINGS)

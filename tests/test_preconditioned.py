@@ -295,11 +295,13 @@ def test_training_losses_move_by_the_size_asked_for(method, damping):
     assert np.all(np.abs(np.log(np.sqrt((scores.delta**2).mean(1)) / wanted)) < np.log(3))
 
 
-def test_the_linear_regime_is_looked_at_and_told():
-    model, (x, y) = mlp()
-    found = {}
+@pytest.mark.parametrize("how", [{}, {"engine": "dot"}, {"engine": "dot", "dtype": torch.bfloat16}], ids=str)
+def test_the_linear_regime_is_looked_at_and_told(how):
+    """By finite changes whatever the engine: a dot product is linear in the step by construction."""
+    (model, (x, y)), found = mlp(), {}
     for size in (1e-5, 1.0):
-        scores = ff.forward_inf(model, (x, y), (x[:20], y[:20]), method="kfac", options={"size": size}, progress=False)
+        settings = {"method": "kfac", "options": {"size": size}, "progress": False, **how}
+        scores = ff.forward_inf(model, (x, y), (x[:20], y[:20]), **settings)
         found[size] = scores.record["mirror"]["linear_regime"]
         assert found[size]["samples"] == 60 and found[size]["queries"][-1] == "query 19"
         assert scores.record["mirror"]["options"]["factors"]["samples"] == 60

@@ -90,6 +90,58 @@ def test_record_of_the_real_run_survives_an_empty_one(tmp_path):
     assert finished(tmp_path / "r", record={"seconds": 0}).record == {"seconds": 9}
 
 
+def test_counts_stand_with_the_blocks_that_are_done(tmp_path, monkeypatch):
+    """A crash between the note and the flag that it belongs to takes both back."""
+    monkeypatch.setattr(store, "SYNC_EVERY", 0.0)
+    base, delta = numbers()
+
+    def write(writer, number, count):
+        rows = slice(*writer.plan.rows(number))
+        writer.write(number, base[rows], delta[rows], counted={"count": count})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with start(tmp_path / "r") as writer:
+        assert writer.counted == {}
+        write(writer, 0, 1)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(folder.Folder, "flag", stop)
+            write(writer, 1, 2)
+    with start(tmp_path / "r") as writer:
+        assert (writer.missing(), writer.counted) == ([1, 2, 3, 4, 5, 6], {"count": 1})
+        write(writer, 1, 1)  # another outcome than the note's, and the one that holds
+    with start(tmp_path / "r") as writer:
+        assert (writer.missing(), writer.counted) == ([2, 3, 4, 5, 6], {"count": 1})
+        put(writer)
+        assert writer.finish({"count": 1}).record == {"count": 1}
+
+
+def test_a_record_that_was_never_finished_is_written_by_a_run_with_nothing_to_do(tmp_path):
+    with start(tmp_path / "r") as writer:
+        for number in writer.missing():
+            rows = slice(*writer.plan.rows(number))
+            writer.write(number, numbers()[0][rows], numbers()[1][rows], counted={"count": number + 1})
+    with start(tmp_path / "r") as writer:
+        assert writer.missing() == [] and writer.counted == {"count": 7}
+        assert writer.finish(dict(writer.counted)).record == {"count": 7}
+
+
+def test_a_disk_without_room_for_counts_keeps_the_scores(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    base, delta = numbers()
+    with start(tmp_path / "r") as writer:
+        rows = slice(*writer.plan.rows(0))
+        writer.write(0, base[rows], delta[rows], counted={"count": 1})
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(folder.Folder, "save_manifest", full)
+            writer.close()
+    with start(tmp_path / "r") as writer:
+        assert writer.missing() == [1, 2, 3, 4, 5, 6]
+
+
 def test_resume_false_refuses_scores_but_not_an_empty_folder(tmp_path):
     (tmp_path / "r").mkdir()
     finished(tmp_path / "r", resume=False)

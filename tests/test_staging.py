@@ -11,9 +11,10 @@ import weakref
 import pytest
 import torch
 
+import finf_fast as ff
 from finf_fast.corpus import open_corpus
 from finf_fast.records import Plan
-from finf_fast.staging import stage
+from finf_fast.staging import MOST, stage
 
 PATIENCE_S = 20  # an upper limit for things that must happen; reached only when they do not
 
@@ -80,17 +81,23 @@ def test_every_kind_of_corpus_goes_through():
         assert torch.cat([block.parts[0].batch[1] for block in blocks]).tolist() == [0, 1, 4, 9, 16, 25, 36]
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_the_reader_is_never_more_than_depth_ahead(depth):
+FEW = [(1, 1, 0, 1), (2, 1, 0, 2), (5, 1, 0, 5)]  # whatever their size: depth, bytes of a block, room, most
+SMALL = [(2, 1, 100, MOST), (2, 20, 100, 5), (2, 34, 100, 2), (2, 1000, 100, 2), (5, 30, 100, 5)]
+
+
+@pytest.mark.parametrize(("given", "size", "room", "depth"), FEW + SMALL)
+def test_the_reader_is_never_more_than_depth_ahead(given, size, room, depth):
+    """Unless all that wait fit in the room."""
     corpus, asked, ahead = Counted(1000), 0, []
     read = corpus.read
 
     def watched(start, stop):
         ahead.append(len(corpus.reads) + 1 - asked)
-        return read(start, stop)
+        read(start, stop)
+        return torch.zeros(size, dtype=torch.uint8)
 
     corpus.read = watched
-    blocks = stage(corpus, Plan(0, 1000, 10), range(100), depth)
+    blocks = stage(corpus, Plan(0, 1000, 10), range(100), given, room=room)
     assert corpus.reads == [], "nothing is read before the first block is asked for"
     for taken in range(100):
         asked += 1
@@ -98,6 +105,28 @@ def test_the_reader_is_never_more_than_depth_ahead(depth):
         corpus.await_reads(depth + 1 if taken == 0 else taken < 100 - depth)
     assert len(ahead) == 100 and max(ahead) == depth
     blocks.close()
+
+
+def test_a_sweep_reads_small_blocks_well_ahead():
+    """All the blocks that may wait are read while the first has not been given back."""
+    far_read = threading.Event()
+
+    def seen(batch):
+        if (batch[0] == MOST * 8).any():
+            far_read.set()
+        return batch
+
+    corpus = open_corpus((torch.arange(100.0)[:, None], torch.zeros(100, dtype=torch.int64)), transform=seen)
+    model = torch.nn.Linear(1, 2)
+    update = ff.Update({"bias": torch.ones(2)})
+    waited = []
+
+    def wait(done, total):
+        if done and not waited:
+            waited.append(far_read.wait(PATIENCE_S))
+
+    ff.sweep(model, [update], corpus, batch_size=8, progress=wait)
+    assert waited[0]
 
 
 def test_decoded_blocks_are_let_go():

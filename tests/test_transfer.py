@@ -246,26 +246,22 @@ class Recorded:
             def __init__(self, device=None, name="copies"):
                 self.name = name
 
-            def record_event(self):
-                event = Event()
-                event.record(self)
-                return event
-
             def wait_event(self, event):
                 log.append(f"{self.name} waits for {event.name}")
 
         class Event:
             made = 0
 
-            def __init__(self, enable_timing=False):
+            def __init__(self, enable_timing=False, blocking=False):
                 self.name, self.timed = f"event {Event.made}", enable_timing
+                self.way = "sleeps until" if blocking else "waits for"
                 Event.made += 1
 
             def record(self, stream):
                 log.append(f"{self.name} in {stream.name}")
 
             def synchronize(self):
-                log.append(f"host waits for {self.name}")
+                log.append(f"host {self.way} {self.name}")
 
             def elapsed_time(self, other):
                 assert self.timed and other.timed
@@ -306,7 +302,7 @@ def test_the_lanes_of_a_gpu_tell_its_streams_the_order(monkeypatch):
     assert crossing.waited() == 0.25 and told == ["host waits for event 2"]
     with crossing:
         pass
-    assert told[-1] == "host waits for event 0"
+    assert told[-1] == "host sleeps until event 0"
 
 
 def test_what_is_pinned_has_no_gaps(monkeypatch):

@@ -15,7 +15,7 @@ import torch
 __all__ = ["Slots"]
 
 SMALL = 1 << 17  # bytes that the allocator hands out again by itself, without new pages
-KEPT = 4  # slots that wait at most: as many blocks are under way in a sweep (one read, two staged, one at work)
+KEPT = 10  # slots that wait at most: as many blocks are under way in a sweep (eight staged, one let go, one at work)
 KEPT_BYTES = 256 << 20  # together at most: four windows of the largest that staging plans
 ALIGNMENT = 64  # a cache line, and the widest vector
 

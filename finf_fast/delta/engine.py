@@ -11,7 +11,7 @@ among its arguments; and plain float32 products go to oneDNN here too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,8 +133,9 @@ class DeltaEngine:
         self._sets, self._folded = weight_sets(self._body, model, updates, dtype, self._chunk)
         self._buffers = {name: self._body.slots[name].tensor for name in self._body.buffers}
         self._state = State()
+        self.room = keep if len(self._counts) > 1 else 0
         self._kept = Kept(keep) if len(self._counts) > 1 else None
-        self._head = ""
+        self._head, self._before = "", {}
 
     @property
     def rows(self) -> int:
@@ -154,17 +155,25 @@ class DeltaEngine:
             "device": self.device.type,
             "fused_modules": dict(self._fused),
             "folded_batch_norms": self._folded,
-            "queries_at_once": self._chunk,
         }
 
     def record(self) -> dict[str, Any]:
         """What was done, for the manifest."""
         return {
             **self.settings(),
-            "head": self._head,
-            "generic_rules": dict(self._state.generic),
+            "queries_at_once": self._chunk,
+            **self.counted(),
             **({} if self._kept is None else {"products_kept_between_chunks": self._kept.used}),
         }
+
+    def counted(self) -> dict[str, Any]:
+        """What grows from batch to batch, as JSON has it."""
+        return {**self._before, "head": self._head, "generic_rules": dict(self._state.generic)}
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        """Goes on from where an engine, one with pairs behind it perhaps, had counted so far."""
+        self._before = dict(counted)
+        self._head, self._state.generic = counted["head"], dict(counted["generic_rules"])
 
     def kinks(self) -> list[str]:
         """Operations seen so far whose masks a rounding flips: they decide what half precision can show."""

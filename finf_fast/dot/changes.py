@@ -45,8 +45,14 @@ class Change:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.u, self.v, self.dense) if t is not None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which products are taken: what meets a parameter of half precision may be in float32."""
+        return (self.dense if self.u is None else self.u).dtype
+
     def rows(self, left: Tensor, right: Tensor) -> Tensor:
         """Of Σ_t left_t rightᵀ_t: left (B, T, rows), right (B, T, columns) -> (B, Q)."""
+        left, right = left.to(self.dtype), right.to(self.dtype)
         formed = self._formed_is_less(left.shape[1], left.shape[2], right.shape[2])
 
         def part(at: slice) -> Tensor:
@@ -57,6 +63,7 @@ class Change:
 
     def ids(self, ids: Tensor, right: Tensor) -> Tensor:
         """Of Σ_t e(ids_t) rightᵀ_t, an embedding's gradient: ids (B, T), right (B, T, columns) -> (B, Q)."""
+        right = right.to(self.dtype)
 
         def part(at: slice) -> Tensor:
             found = right.new_zeros(len(ids[at]), self.queries, dtype=_wide(right))
@@ -77,7 +84,7 @@ class Change:
         if self.dense is not None:
             self._add(found, self.whole, _times(gradient.flatten(1).to(self.dense.dtype), self.dense))
         if self.u is not None:
-            gradient = gradient.reshape(len(gradient), len(self.u), -1)
+            gradient = gradient.reshape(len(gradient), len(self.u), -1).to(self.u.dtype)
             self._add(found, self.low, self._summed(self.u.expand(len(gradient), -1, -1), _times(gradient, self.v)))
         return found
 

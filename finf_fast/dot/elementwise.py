@@ -111,7 +111,10 @@ def _batch_norm(
 ) -> Tensor | None:
     """In eval mode, where it is (x - mean) / √(var + eps), and both statistics may be what a query changes."""
     mean, var = running_mean, running_var
-    if training or mean is None or not plain(input) or taps.find(mean, var, weight, bias) == [None] * 4:
+    if training or mean is None or not plain(input):
+        return None
+    alike = all(t is None or t.dtype == mean.dtype for t in (weight, bias))  # else torch's own takes no such weights
+    if alike and taps.find(mean, var, weight, bias) == [None] * 4:
         return None
     channels = (-1, *(1,) * (input.dim() - 2))
     its_mean, its_var = taps.find(mean, var)
@@ -128,7 +131,8 @@ def _batch_norm(
         kept, change = taps.kept(x, its_var[0]), replace(its_var[1], dense=its_var[1].dense * slope)
         return _elementwise(taps, out, scale.shape, its_var[0], change, lambda g: g * kept())
 
-    return _affine(taps, normalised, weight, bias, channels, always=True)
+    out = _affine(taps, normalised, weight, bias, channels, always=True)
+    return out.to(input.dtype)  # as torch's own: statistics stay in float32 where the rest is in half precision
 
 
 def _affine(

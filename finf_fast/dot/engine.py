@@ -7,7 +7,7 @@ of a weight is kept, nor asked of autograd: each layer's is multiplied with all 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class DotEngine:
 
     name = "dot"
     rows = 1  # of a sample under way at once
+    room = 0  # bytes kept between chunks of queries
     columns = 1  # of a text's batch, a multiple: any number
 
     def __init__(
@@ -78,7 +79,7 @@ class DotEngine:
         self._body.put(self._leaves)
         self._own = {slot.tensor.untyped_storage().data_ptr() for slot in self._body.slots.values()}
         self._alone: str = ""
-        self._proven: dict[tuple[Any, ...], set[str]] = {}  # kind of batch -> layers whose share was right
+        self._proven: dict[str, set[str]] = {}  # kind of batch -> layers whose share was right
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -96,6 +97,16 @@ class DotEngine:
     def record(self) -> dict[str, Any]:
         """What was done, for the manifest."""
         return {**self.settings(), "order": "first", "one_sample_at_a_time": self._alone}
+
+    def counted(self) -> dict[str, Any]:
+        """What earlier batches decide for later ones, as JSON has it."""
+        proven = {kind: sorted(names) for kind, names in self._proven.items()}
+        return {"one_sample_at_a_time": self._alone, "proven": proven}
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        """Goes on as an engine would that has decided so."""
+        self._alone = counted["one_sample_at_a_time"]
+        self._proven = {kind: set(names) for kind, names in counted["proven"].items()}
 
     def output(self, batch: Any) -> Tensor:
         """Output of the model, (B, ...), by way of both passes: what planning measures."""
@@ -259,7 +270,7 @@ def _length(batch: Any) -> int:
     return shapes[0][1] if shapes and len(shapes[0]) > 1 else 0
 
 
-def _kind(batch: Any) -> tuple[Any, ...]:
+def _kind(batch: Any) -> str:
     """What decides how the rows of a batch lie: whether its sizes could be taken for one another."""
     samples, length = batch_size(batch), _length(batch)
-    return samples == length, length % samples == 0
+    return "equal" if samples == length else "multiple" if length % samples == 0 else "other"

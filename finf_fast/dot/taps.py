@@ -8,10 +8,12 @@ engine sees, and then takes one sample at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,6 +24,10 @@ from finf_fast.order import Mixed
 __all__ = ["Taps", "still", "wide_sum"]
 
 Note = Callable[[str, Tensor], None]
+OF_ONE_TYPE = {  # whose operands torch wants alike
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.group_norm, F.rms_norm),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm),
+}
 
 
 class Taps(TorchFunctionMode):
@@ -61,9 +67,24 @@ class Taps(TorchFunctionMode):
         kwargs = kwargs or {}
         catch = self._calls.get(func)
         args, kwargs = by_place(func, args, kwargs) if catch is not None and kwargs else (args, kwargs)
+        args, kwargs = self._alike(args, kwargs) if func in OF_ONE_TYPE else (args, kwargs)
         caught = catch is not None and ordinary() and takes(catch, (self, *args), kwargs)
         out = catch(self, *args, **kwargs) if caught else None
         return func(*args, **kwargs) if out is None else out
+
+    def _alike(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Operands in the widest of their types: a model may have float32 values before weights in half precision."""
+        types = {value.dtype for value in (*args, *kwargs.values()) if _floating(value)}
+        if len(types) < 2:
+            return args, kwargs
+        wide = reduce(torch.promote_types, types)
+        return tuple(self._in(wide, a) for a in args), {name: self._in(wide, a) for name, a in kwargs.items()}
+
+    def _in(self, dtype: torch.dtype, value: Any) -> Any:
+        if not _floating(value) or value.dtype is dtype:
+            return value
+        (found,) = self.find(value)
+        return value.to(dtype) if found is None else self.known(value.detach().to(dtype), *found)
 
     def find(self, *tensors: Any) -> list[tuple[str, Change] | None]:
         """Name and change of each of these, None of what no query changes."""
@@ -121,6 +142,10 @@ class Taps(TorchFunctionMode):
         if self.samples > 1 and not (lead and (lead[0] == self.samples or flat)):
             raise Mixed(f"{name}, whose input of {tuple(lead)} rows holds {self.samples} samples in no known order")
         return x.reshape(self.samples, lead.numel() // self.samples, x.shape[-1])
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def still(tensor: Any, found: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finf_fast.loss.base import Head, Loss, Result, batch_size, cast, joined, mapped
+from finf_fast.loss.base import Head, Loss, Result, batch_size, byte_size, cast, joined, mapped
 from finf_fast.loss.custom import Custom
 from finf_fast.loss.entropy import CausalLM, CrossEntropy, MaskedLM, Seq2Seq
 from finf_fast.loss.squared_error import SquaredError
@@ -27,6 +27,7 @@ __all__ = [
     "Seq2Seq",
     "SquaredError",
     "batch_size",
+    "byte_size",
     "cast",
     "joined",
     "mapped",

@@ -174,6 +174,13 @@ def cast(batch: Any, dtype: torch.dtype, images: bool) -> Any:
     return mapped(one, batch)
 
 
+def byte_size(batch: Any) -> int:
+    """Bytes of a batch's tensors."""
+    sizes: list[int] = []
+    mapped(lambda tensor: sizes.append(tensor.nbytes) or tensor, batch)
+    return sum(sizes)
+
+
 def batch_size(batch: Any) -> int:
     """Leading dimension B of a batch: a tensor, a tuple or a dict of tensors."""
     first = batch

@@ -43,6 +43,7 @@ class PairEngine:
 
     name = "pair"
     rows = 1  # of a sample under way at once
+    room = 0  # bytes kept between chunks of queries
     columns = 1  # of a text's batch, a multiple: any number
 
     def __init__(
@@ -73,6 +74,13 @@ class PairEngine:
     def record(self) -> dict[str, Any]:
         """What was done, for the manifest."""
         return self.settings()
+
+    def counted(self) -> dict[str, Any]:
+        """Nothing that a later batch depends on."""
+        return {}
+
+    def resume(self, counted: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share."""

@@ -14,6 +14,6 @@ All arrays are plain ``.npy`` files: ``numpy.load(..., mmap_mode="r")`` reads th
 """
 
 from finf_fast.scores.result import Scores
-from finf_fast.scores.store import Store, open_store
+from finf_fast.scores.store import Store, earlier, open_store
 
-__all__ = ["Scores", "Store", "open_store"]
+__all__ = ["Scores", "Store", "earlier", "open_store"]

@@ -3,7 +3,7 @@
 Keys: ``format``, ``version``, ``identity`` (versions, fingerprints, settings: given by the line, compared key by
 key), ``plan``, ``shape`` (samples, queries and how many of them are background, start, stop, corpus_samples, tokens),
 ``dtype``, ``directions``, ``names``, ``created``, ``ready`` (false while the arrays are being made) and ``record`` (how
-the run went).
+the run went; before its end at most ``so_far``, what it counted).
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Seconds between two syncs of the arrays. A sync costs some milliseconds however little was written, so one a block
 # would bind the speed of small blocks; the price of waiting is at most this much work done again after a crash.
 SYNC_EVERY = 0.5
+
+SO_FAR = "so_far"  # in the record of a run that is not finished: what was counted up to the blocks that are done
 
 
 def open_store(
@@ -82,6 +85,18 @@ def open_store(
     return Store(folder)
 
 
+def earlier(out: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """The manifest of the run that a folder holds, or None: what of it a sweep takes over is known before it opens it.
+
+    Raises:
+        DamagedFile: the manifest cannot be read.
+    """
+    if out is None or not (Path(out) / manifests.NAME).exists():
+        return None
+    found = manifests.read(Path(out))
+    return found if found["ready"] else None
+
+
 def enter(folder: Folder, wanted: dict[str, Any], resume: bool) -> None:
     """Creates the arrays of an empty folder, or opens those of an earlier run of the same scores."""
     if not folder.manifest["ready"]:
@@ -102,6 +117,9 @@ class Store:
     def __init__(self, target: Memory | Folder):
         self._target = target
         self._plan = manifests.plan_of(target.manifest)
+        self._counted = _counted(target)
+        self._to_note: dict[str, Any] | None = None  # with the blocks that are pending
+        self._noted: dict[str, Any] | None = None  # by this run
         self._pending: set[int] = set()
         self._next_sync = time.monotonic() + SYNC_EVERY
         self._wrote = self._closed = False
@@ -116,6 +134,11 @@ class Store:
     def plan(self) -> Plan:
         """The plan that holds: the folder's own when it is resumed."""
         return self._plan
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """What ``write`` was given with the last of the blocks that are done, in whichever run; empty at first."""
+        return self._counted
 
     @property
     def scored(self) -> int:
@@ -134,6 +157,7 @@ class Store:
         delta: Any,
         token_base: Any = None,
         token_delta: Any = None,
+        counted: Mapping[str, Any] | None = None,
     ) -> None:
         """Takes the scores of one block of the plan.
 
@@ -143,6 +167,8 @@ class Store:
             delta: (b,Q) loss after minus loss before.
             token_base, token_delta: (b,t) and (b,t,Q) with t <= T, if the store was opened with ``tokens``.
                 NaN where a sample has no token; the columns from t on are filled with NaN here.
+            counted: what the record will say of the blocks up to this one, JSON values. It becomes durable with the
+                block, so that a run that goes on from here can count on.
 
         Raises:
             ValueError, TypeError: wrong block, shape or dtype; nothing is written.
@@ -155,6 +181,7 @@ class Store:
             self._target.write(name, start - self._plan.start, data)
         self._wrote = True
         self._pending.add(number)
+        self._to_note = None if counted is None else manifests.as_json("counted", counted)
         if time.monotonic() >= self._next_sync:
             self._flush()
 
@@ -190,7 +217,7 @@ class Store:
             raise ValueError(f"finish: wanted every block written, got {len(missing)} missing, first {missing[0]}")
         self._flush()
         manifest = self._target.manifest
-        if self._wrote or not manifest["record"]:
+        if self._wrote or SO_FAR in manifest["record"] or not manifest["record"]:
             self._target.save_manifest({**manifest, "record": manifests.as_json("record", record or {})})
         self.close()
         return Scores.of(self._target)
@@ -209,8 +236,19 @@ class Store:
         pending, self._pending = self._pending, set()
         if pending:
             self._target.sync()
-            self._target.flag(pending)
+            try:
+                self._note(max(pending))
+            finally:  # a disk too full for a new manifest has room for the flags, and rows are worth more than counts
+                self._target.flag(pending)
         self._next_sync = time.monotonic() + SYNC_EVERY
+
+    def _note(self, last: int) -> None:
+        """Writes down what was counted, if it has changed; it holds once the last of the pending blocks is flagged."""
+        if self._to_note is None or self._to_note == self._noted:
+            return
+        note = {"block": last, "counted": self._to_note, "before": self._counted}
+        self._target.save_manifest({**self._target.manifest, "record": {SO_FAR: note}})
+        self._counted = self._noted = self._to_note
 
     def _written(self) -> list[int]:
         return [*np.flatnonzero(self._target.done).tolist(), *self._pending]
@@ -231,6 +269,14 @@ class Store:
         if surplus:
             raise ValueError(f"{surplus[0]}: wanted none, because the store was opened without tokens")
         return {name: checked(name, given[name], (rows, *shape[1:]), dtype) for name, shape in shapes.items()}
+
+
+def _counted(target: Memory | Folder) -> dict[str, Any]:
+    """What was counted up to the blocks that are done: a crash may have come between the note and its flag."""
+    note = target.manifest["record"].get(SO_FAR)
+    if note is None:
+        return {}
+    return note["counted"] if target.done[note["block"]] else note["before"]
 
 
 def checked(name: str, data: Any, wanted: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
