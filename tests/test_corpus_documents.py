@@ -180,6 +180,14 @@ ROWS = {
         {"pointers": [0, 6, 18, 22, 32, 32, 40, 58]},
         "byte 82: wanted the end of .* before, got 18",
     ),
+    "a first sequence that begins late": (
+        {"pointers": [4, 6, 20, 22, 32, 32, 40, 58]},
+        "byte 66: wanted the end of .* before, got 4",
+    ),
+    "a length into the next sequence": (
+        {"lengths": [3, 9, 1, 5, 0, 4, 9, 2]},
+        "byte 82: wanted the end of .* before, got 20",
+    ),
     "a step back": (
         {"pointers": [0, 6, 20, 22, 32, 0, 40, 58]},
         "byte 106: wanted the end of .* before, got 0",
@@ -194,6 +202,29 @@ def test_megatron_rows_that_cannot_be_true(tmp_path, wrong, words):
     path = megatron(tmp_path, sequences(), **{"documents": DOCUMENTS, **wrong})
     with pytest.raises(DamagedFile, match=rf"text\.idx, {words}"):
         open_corpus(path).read(0, 4)
+
+
+@pytest.mark.parametrize("sample", ["document", "sequence"])
+@pytest.mark.parametrize("wrong", [wrong for wrong, _ in ROWS.values()], ids=ROWS)
+def test_megatron_samples_beside_such_a_row(tmp_path, wrong, sample):
+    """Of a damaged index each sample, read alone, is what it was or is refused."""
+    parts = sequences()
+    whole = together(parts, DOCUMENTS) if sample == "document" else [part.tolist() for part in parts]
+    path = megatron(tmp_path, parts, **{"documents": DOCUMENTS, **wrong})
+    for ask in (lambda corpus, k: corpus.read(k, k + 1), lambda corpus, k: corpus.take([k])):
+        found = [alone(lambda k=k: ask(open_corpus(path, sample=sample), k)) for k in range(len(whole))]
+        assert [text for text, true in zip(found, whole, strict=True) if text not in ("refused", true)] == []
+        assert "refused" in found or (sample == "sequence" and "documents" in wrong)
+
+
+def alone(ask):
+    """The tokens of a batch of one, or that it was refused."""
+    try:
+        batch = ask()
+    except DamagedFile as error:
+        assert "text.idx, byte " in str(error)
+        return "refused"
+    return batch["input_ids"][0, : int(batch["attention_mask"].sum())].tolist()
 
 
 def test_megatron_ends(tmp_path):
