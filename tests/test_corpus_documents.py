@@ -212,15 +212,15 @@ def test_megatron_samples_beside_such_a_row(tmp_path, wrong, sample):
     whole = together(parts, DOCUMENTS) if sample == "document" else [part.tolist() for part in parts]
     path = megatron(tmp_path, parts, **{"documents": DOCUMENTS, **wrong})
     for ask in (lambda corpus, k: corpus.read(k, k + 1), lambda corpus, k: corpus.take([k])):
-        found = [alone(lambda k=k: ask(open_corpus(path, sample=sample), k)) for k in range(len(whole))]
+        found = [alone(path, sample, ask, k) for k in range(len(whole))]
         assert [text for text, true in zip(found, whole, strict=True) if text not in ("refused", true)] == []
         assert "refused" in found or (sample == "sequence" and "documents" in wrong)
 
 
-def alone(ask):
-    """The tokens of a batch of one, or that it was refused."""
+def alone(path, sample, ask, k):
+    """The tokens of sample k, or that it was refused."""
     try:
-        batch = ask()
+        batch = ask(open_corpus(path, sample=sample), k)
     except DamagedFile as error:
         assert "text.idx, byte " in str(error)
         return "refused"
