@@ -1,6 +1,7 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
-# make prove   the long proofs: every instruction set, sanitizers, Triton's kernels, packaging, interrupted runs
+# make prove   the long proofs: every instruction set, sanitizers, Triton's kernels, packaging, interrupted runs,
+#              files by the formats' own writers
 # make sanitize  the tests of the operations on an extension built with ASan and UBSan
 # make bench   the measurements behind README, into bench/results/
 # make fidelity      what the scores are worth, against retraining and on planted leaks

@@ -279,9 +279,11 @@ def test_a_sweep_over_a_saved_dataset(tmp_path):
     np.testing.assert_allclose(scores.delta, ff.sweep(model, [update], data, loss="causal_lm").delta, rtol=1e-9)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("shards", [1, 2])
 def test_what_the_library_itself_saves(tmp_path, shards):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = texts(2500)
     whole = datasets.Dataset.from_dict({"input_ids": rows, "text": ["x"] * 2500})
     shuffled = whole.shuffle(seed=0).select(range(0, 2500, 2))
