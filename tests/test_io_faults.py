@@ -26,7 +26,7 @@ def faulty_disk(tmp_path_factory):
 
 
 def run_python(code: str, *arguments: object, library: Path | None = None, **faults: object):
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parent)])
     env = {**os.environ, "PYTHONPATH": paths, **{f"FAULT_{name.upper()}": str(v) for name, v in faults.items()}}
     if library:
         env["LD_PRELOAD"] = os.pathsep.join(filter(None, [env.get("LD_PRELOAD"), str(library)]))

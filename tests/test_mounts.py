@@ -37,7 +37,7 @@ def place(tmp_path):
 
 def mounted(options: str, place: Path, code: str, *arguments: object) -> None:
     """Runs Python with a tmpfs at ``place`` that no other process sees and that ends with it."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parent)])}
     command = [*ALONE, options, place, sys.executable, "-c", code, place, *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
