@@ -206,6 +206,9 @@ def test_megatron_rows_that_cannot_be_true(tmp_path, wrong, words):
         open_corpus(path).read(0, 4)
 
 
+ONE = (lambda corpus, k: corpus.read(k, k + 1), lambda corpus, k: corpus.take([k]))
+
+
 @pytest.mark.parametrize("sample", ["document", "sequence"])
 @pytest.mark.parametrize("wrong", [wrong for wrong, _ in ROWS.values()], ids=ROWS)
 def test_megatron_samples_beside_such_a_row(tmp_path, wrong, sample):
@@ -213,18 +216,18 @@ def test_megatron_samples_beside_such_a_row(tmp_path, wrong, sample):
     parts = sequences()
     whole = together(parts, DOCUMENTS) if sample == "document" else [part.tolist() for part in parts]
     path = megatron(tmp_path, parts, **{"documents": DOCUMENTS, **wrong})
-    for ask in (lambda corpus, k: corpus.read(k, k + 1), lambda corpus, k: corpus.take([k])):
-        found = [alone(path, sample, ask, k) for k in range(len(whole))]
+    for ask in ONE:
+        found = [alone(path, ask, k, sample=sample) for k in range(len(whole))]
         assert [text for text, true in zip(found, whole, strict=True) if text not in ("refused", true)] == []
         assert "refused" in found or (sample == "sequence" and "documents" in wrong)
 
 
-def alone(path, sample, ask, k):
+def alone(path, ask, k, **options):
     """The tokens of sample k, or that it was refused."""
     try:
-        batch = ask(open_corpus(path, sample=sample), k)
+        batch = ask(open_corpus(path, **options), k)
     except DamagedFile as error:
-        assert "text.idx, byte " in str(error)
+        assert str(path.with_suffix("")) in str(error) and ", byte " in str(error)
         return "refused"
     return batch["input_ids"][0, : int(batch["attention_mask"].sum())].tolist()
 
@@ -261,6 +264,17 @@ def test_datatrove_ends(tmp_path):
     Path(f"{path}.index").write_bytes(b"1234567")
     with pytest.raises(DamagedFile, match="whole ends of 8 bytes, got 7"):
         open_corpus(path)
+
+
+@pytest.mark.parametrize(("row", "end"), [(0, 11), (1, 12), (2, 8), (3, 2), (3, 2**63), (5, 3), (6, 32), (6, 12)])
+def test_datatrove_samples_beside_an_end_out_of_order(tmp_path, row, end):
+    parts = sequences()
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    path = datatrove(tmp_path, parts, [*ends[:row], end, *ends[row + 1 :]])
+    for ask in ONE:
+        found = [alone(path, ask, k) for k in range(len(parts))]
+        assert [text for text, part in zip(found, parts, strict=True) if text not in ("refused", part.tolist())] == []
+        assert found[row] == found[row + 1] == "refused"
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
