@@ -1,7 +1,9 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
-# make prove   the long proofs: every instruction set, sanitizers, Triton's kernels, packaging, interrupted runs
-# make sanitize  the tests of the operations on an extension built with ASan and UBSan
+# make prove   the long proofs: every instruction set, sanitizers, Triton's kernels, packaging, interrupted runs,
+#              files by the formats' own writers
+# make sanitize  the tests of the operations, of damaged files and of failing disks, on an extension built with ASan and
+#              UBSan
 # make bench   the measurements behind README, into bench/results/
 # make fidelity      what the scores are worth, against retraining and on planted leaks
 # make bench-peers   the same with other libraries in the table, from an environment of their own
@@ -50,20 +52,23 @@ prove: $(VENV)/.prove
 
 # A copy of the package with an extension that ends the program at the first bad address or undefined step. Python itself
 # is built without, so the sanitizer's library goes first; leaks are the interpreter's own. pytest by its own name: as a
-# module it would put the checkout before the copy, as the processes of the tests of instruction sets do.
+# module it would put the checkout before the copy, as the processes of the tests of instruction sets do. The signal of
+# a disk that fails under a mapping is left to the extension's own handler, and to the tests that wait for it.
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 sanitize: $(VENV)/.installed
 	FINF_CUDA=0 CFLAGS="$(SANITIZE)" $(BIN)/python -W ignore setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	export LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib && cd build/sanitize && \
+	  ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0 PYTHONPATH=$(SANITIZED)/lib && cd build/sanitize && \
 	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
-	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider -k 'not instruction_set' $(addprefix $(CURDIR)/,$(OP_TESTS))
+	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider -k 'not instruction_set' $(addprefix $(CURDIR)/,$(OP_TESTS) $(DISK_TESTS))
 
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta io \
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
   topk_merge))
+
+DISK_TESTS := $(addprefix tests/test_,$(addsuffix .py,corpus_arrow corpus_documents corpus_headers io_faults))
 
 # Operations with a Triton face: the same tests, its kernels interpreted on the CPU, a second a test. Left out are edges
 # of other faces' tiles (test_columns, half of test_panels, of attention all but one size), gains but one, 127 rows and

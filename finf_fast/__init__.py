@@ -14,7 +14,7 @@ from finf_fast.fitting import fit_factors
 from finf_fast.lowrank import LowRank
 from finf_fast.mirrors import Factors, mirror
 from finf_fast.pipeline import forward_inf, sweep
-from finf_fast.records import BadSample, DamagedFile, ManifestMismatch, NonFiniteLoss, TopK
+from finf_fast.records import BadSample, DamagedFile, ManifestMismatch, NonFiniteLoss, TopK, UnsavedFactors
 from finf_fast.scores import Scores
 from finf_fast.update import Update
 
@@ -29,6 +29,7 @@ __all__ = [
     "NotCarried",
     "Scores",
     "TopK",
+    "UnsavedFactors",
     "Update",
     "fit_factors",
     "forward_inf",

@@ -16,6 +16,7 @@ import finf_fast
 from finf_fast import loss as losses
 from finf_fast import ops
 from finf_fast.corpus import Corpus, evenly, open_corpus
+from finf_fast.disk import require_writable
 from finf_fast.loss import Loss, mapped
 from finf_fast.mirrors.body import stepping
 from finf_fast.mirrors.choose import Filter, choose, describe
@@ -25,7 +26,7 @@ from finf_fast.mirrors.spectrum import Spectra
 from finf_fast.mirrors.watch import Watch
 from finf_fast.planning import Probe, make_plan, probe
 from finf_fast.progress import Progress
-from finf_fast.records import BadSample, NonFiniteLoss
+from finf_fast.records import BadSample, NonFiniteLoss, UnsavedFactors
 from finf_fast.skeleton import Skeleton, vocabulary
 from finf_fast.transfer import rows, to_device
 from finf_fast.update import model_fingerprint
@@ -93,7 +94,7 @@ def fit_factors(
         batch_size: samples a pass; chosen by memory if not given.
         limit: the longest side of a full factor.
         seed: of the choice of samples and of the labels.
-        out: file to save the factors in.
+        out: file to save the factors in; whether it can be written is tried before the fit.
         progress: as in :func:`finf_fast.sweep`.
 
     Returns:
@@ -102,12 +103,16 @@ def fit_factors(
     Raises:
         ValueError, TypeError: an argument is not as above; a sample's label or token id is out of range (BadSample);
             a loss is not finite (NonFiniteLoss); no layer has a K-FAC form.
+        OSError: ``out`` cannot be written, seen before any work; or the disk is too full for what was fitted
+            (:class:`finf_fast.UnsavedFactors`), which the error's ``factors`` keeps, to be saved elsewhere.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
     if next(model.parameters(), None) is None:
         raise ValueError("model: wanted at least one parameter, got a model without any")
     settings = _Settings(kind, fisher, convention, limit, seed, _positive("batch_size", batch_size))
+    if out is not None:
+        require_writable(out, "out")
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     with stepping(device):
@@ -116,8 +121,15 @@ def fit_factors(
             factors = run.fitted(_sum_dtype(dtype, run.dtype), bar)
     factors = replace(factors, record={**run.record(params), **factors.record})
     if out is not None:
-        factors.save(out)
+        _save(factors, out)
     return factors
+
+
+def _save(factors: Factors, out: str | os.PathLike[str]) -> None:
+    try:
+        factors.save(out)
+    except OSError as error:
+        raise UnsavedFactors(error, factors) from error
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["BadSample", "Block", "DamagedFile", "ManifestMismatch", "NonFiniteLoss", "Part", "Plan", "TopK"]
+__all__ = [
+    "BadSample",
+    "Block",
+    "DamagedFile",
+    "ManifestMismatch",
+    "NonFiniteLoss",
+    "Part",
+    "Plan",
+    "TopK",
+    "UnsavedFactors",
+]
 
 
 class DamagedFile(ValueError):
@@ -37,6 +47,20 @@ class NonFiniteLoss(ValueError):
 
 class ManifestMismatch(ValueError):
     """A result folder holds scores of another model, update, corpus or setting; the message lists what differs."""
+
+
+class UnsavedFactors(OSError):
+    """A fit that ended well, and whose file could not be written.
+
+    Args:
+        error: of the disk.
+        factors: the fitted :class:`finf_fast.Factors`, to be saved elsewhere; an attribute of that name.
+    """
+
+    def __init__(self, error: OSError, factors: Any):
+        said = f"{error.strerror}; the fit is not lost: save this error's .factors elsewhere"
+        super().__init__(error.errno, said, error.filename)
+        self.factors = factors
 
 
 @dataclass(frozen=True)

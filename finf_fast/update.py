@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from finf_fast.disk import save_tensors
 from finf_fast.lowrank import LowRank, parts
 
 DIRECTIONS = ("ascent", "descent")
@@ -115,10 +116,14 @@ class Update:
         return cls(changes, **named)
 
     def save(self, path: str | Path) -> None:
-        """Writes the update with ``torch.save``: tensors and plain values, so it loads with ``weights_only=True``."""
+        """Writes the update with ``torch.save``: tensors and plain values, so it loads with ``weights_only=True``.
+
+        Raises:
+            OSError: the file cannot be written; none is left that is not whole.
+        """
         params = {name: vars(c) if isinstance(c, LowRank) else c for name, c in self.params.items()}
         plain = {"params": params, "buffers": dict(self.buffers), "record": dict(self.record)}
-        torch.save({**vars(self), **plain}, path)
+        save_tensors(path, {**vars(self), **plain})
 
     @classmethod
     def load(cls, path: str | Path) -> Update:

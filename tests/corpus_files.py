@@ -8,6 +8,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
+
+SPECIAL = [0, 1, 2, 0x7F, 0x80, 0xFE, 0xFF]  # bytes that mean something in a header
 
 
 def npy_bytes(shape: tuple[int, ...], descr: str, payload: bytes, *, fortran: bool = False, version: int = 1) -> bytes:
@@ -62,3 +65,16 @@ def megatron_bytes(
     index += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(pointers)}q", *pointers)
     index += struct.pack(f"<{len(documents)}q", *documents) + (bytes(len(sequences)) if modes else b"")
     return index, data
+
+
+@st.composite
+def damage(draw, content):
+    """A bytearray with bytes changed, most of them near the front, or words of all ones; perhaps cut or made longer."""
+    length = len(content)
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.one_of(st.integers(0, min(length, 80) - 1), st.integers(0, length - 1)))
+        word = draw(st.sampled_from([1, 1, 4, 8]))
+        byte = draw(st.one_of(st.sampled_from(SPECIAL), st.integers(0, 255)))
+        content[at : at + word] = bytes([byte]) * len(content[at : at + word])
+    end = draw(st.one_of(st.just(length), st.integers(0, length)))
+    return bytes(content[:end]) + bytes(draw(st.sampled_from([0, 0, 0, 1, 8])))

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import finf_fast as ff
-from corpus_files import state
+from corpus_files import damage, state
 from finf_fast.corpus import open_corpus
 from finf_fast.corpus.arrow import SelectedCorpus
 from finf_fast.records import DamagedFile
@@ -217,19 +217,58 @@ def test_an_index_beyond_the_rows(tmp_path):
         corpus.read(0, 3)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_name_that_is_no_text(tmp_path):
+    path = stream(tmp_path / "rows.arrow", {"input_ids": texts(3), "other": [1, 2, 3]})
+    path.write_bytes(path.read_bytes().replace(b"other", b"\xffther"))
+    with pytest.raises(DamagedFile, match=r"rows\.arrow, byte 0: the Arrow message cannot be read"):
+        open_corpus(path)
+
+
+def test_a_stream_without_a_schema(tmp_path):
+    """pyarrow reads any message as a schema when asked for one, past its end."""
+    path = stream(tmp_path / "rows.arrow", {"input_ids": texts(3)})
+    content = path.read_bytes()
+    path.write_bytes(content[8 + struct.unpack("<i", content[4:8])[0] :])
+    with pytest.raises(DamagedFile, match="byte 0: wanted a schema, got a message of type 'record batch'"):
+        open_corpus(path)
+
+
+def test_a_length_below_zero(tmp_path):
+    path = stream(tmp_path / "rows.arrow", {"input_ids": [list(range(77))]})
+    content, node = path.read_bytes(), struct.pack("<qq", 77, 0)
+    assert content.count(node) == 1
+    path.write_bytes(content.replace(node, struct.pack("<qq", -77, 0)))
+    with pytest.raises(DamagedFile, match=r"rows\.arrow, byte \d+: the Arrow message cannot be read"):
+        open_corpus(path)
+
+
+FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=200, **FUZZ)
 @given(st.data())
 def test_whatever_a_stream_holds_is_read_or_refused(tmp_path, data):
-    path = stream(tmp_path / "rows.arrow", {"input_ids": texts(7, 3), "labels": list(range(7))}, 3)
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.sampled_from([len(content), data.draw(st.integers(0, len(content)))]))])
+    read_or_refused(tmp_path / "rows.arrow", data)
+
+
+@pytest.mark.prove
+@settings(max_examples=2000, **FUZZ)
+@given(st.data())
+def test_whatever_many_streams_hold(tmp_path, data):
+    read_or_refused(tmp_path / "rows.arrow", data)
+
+
+def read_or_refused(path, data):
+    stream(path, {"input_ids": texts(7, 3), "labels": list(range(7))}, 3)
+    path.write_bytes(data.draw(damage(bytearray(path.read_bytes()))))
     try:
-        batch = (corpus := open_corpus(path, format="arrow")).read(0, min(len(open_corpus(path, format="arrow")), 50))
-    except ValueError:
-        return
-    assert batch["input_ids"].shape == batch["attention_mask"].shape and len(corpus) >= 1
+        corpus = open_corpus(path, format="arrow")
+        batch = corpus.read(0, min(len(corpus), 50))
+        assert corpus.lengths(0, min(len(corpus), 50)) is not None and corpus.take([0]) and corpus.describe()
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert batch["input_ids"].shape == batch["attention_mask"].shape and len(corpus) >= 1
 
 
 def test_a_sweep_over_a_saved_dataset(tmp_path):
@@ -240,9 +279,11 @@ def test_a_sweep_over_a_saved_dataset(tmp_path):
     np.testing.assert_allclose(scores.delta, ff.sweep(model, [update], data, loss="causal_lm").delta, rtol=1e-9)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("shards", [1, 2])
 def test_what_the_library_itself_saves(tmp_path, shards):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = texts(2500)
     whole = datasets.Dataset.from_dict({"input_ids": rows, "text": ["x"] * 2500})
     shuffled = whole.shuffle(seed=0).select(range(0, 2500, 2))

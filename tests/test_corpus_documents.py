@@ -101,9 +101,11 @@ def test_datatrove_documents(tmp_path, dtype):
     assert corpus.describe()["tokens"] == sum(LENGTHS) and len(corpus.describe()["paths"]) == 2
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_datatrove_itself_writes(tmp_path, size):
-    writer = pytest.importorskip("datatrove.pipeline.tokens.tokenizer")
+    from datatrove.pipeline.tokens import tokenizer as writer
+
     parts = [part.tolist() for part in sequences("<u2")]
     file = writer.TokenizedFile(str(tmp_path), "own.ds", save_loss_metadata=True, token_size=size)
     for part in parts:
@@ -180,6 +182,14 @@ ROWS = {
         {"pointers": [0, 6, 18, 22, 32, 32, 40, 58]},
         "byte 82: wanted the end of .* before, got 18",
     ),
+    "a first sequence that begins late": (
+        {"pointers": [4, 6, 20, 22, 32, 32, 40, 58]},
+        "byte 66: wanted the end of .* before, got 4",
+    ),
+    "a length into the next sequence": (
+        {"lengths": [3, 9, 1, 5, 0, 4, 9, 2]},
+        "byte 82: wanted the end of .* before, got 20",
+    ),
     "a step back": (
         {"pointers": [0, 6, 20, 22, 32, 0, 40, 58]},
         "byte 106: wanted the end of .* before, got 0",
@@ -194,6 +204,32 @@ def test_megatron_rows_that_cannot_be_true(tmp_path, wrong, words):
     path = megatron(tmp_path, sequences(), **{"documents": DOCUMENTS, **wrong})
     with pytest.raises(DamagedFile, match=rf"text\.idx, {words}"):
         open_corpus(path).read(0, 4)
+
+
+ONE = (lambda corpus, k: corpus.read(k, k + 1), lambda corpus, k: corpus.take([k]))
+
+
+@pytest.mark.parametrize("sample", ["document", "sequence"])
+@pytest.mark.parametrize("wrong", [wrong for wrong, _ in ROWS.values()], ids=ROWS)
+def test_megatron_samples_beside_such_a_row(tmp_path, wrong, sample):
+    """Of a damaged index each sample, read alone, is what it was or is refused."""
+    parts = sequences()
+    whole = together(parts, DOCUMENTS) if sample == "document" else [part.tolist() for part in parts]
+    path = megatron(tmp_path, parts, **{"documents": DOCUMENTS, **wrong})
+    for ask in ONE:
+        found = [alone(path, ask, k, sample=sample) for k in range(len(whole))]
+        assert [text for text, true in zip(found, whole, strict=True) if text not in ("refused", true)] == []
+        assert "refused" in found or (sample == "sequence" and "documents" in wrong)
+
+
+def alone(path, ask, k, **options):
+    """The tokens of sample k, or that it was refused."""
+    try:
+        batch = ask(open_corpus(path, **options), k)
+    except DamagedFile as error:
+        assert str(path.with_suffix("")) in str(error) and ", byte " in str(error)
+        return "refused"
+    return batch["input_ids"][0, : int(batch["attention_mask"].sum())].tolist()
 
 
 def test_megatron_ends(tmp_path):
@@ -228,6 +264,17 @@ def test_datatrove_ends(tmp_path):
     Path(f"{path}.index").write_bytes(b"1234567")
     with pytest.raises(DamagedFile, match="whole ends of 8 bytes, got 7"):
         open_corpus(path)
+
+
+@pytest.mark.parametrize(("row", "end"), [(0, 11), (1, 12), (2, 8), (3, 2), (3, 2**63), (5, 3), (6, 32), (6, 12)])
+def test_datatrove_samples_beside_an_end_out_of_order(tmp_path, row, end):
+    parts = sequences()
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    path = datatrove(tmp_path, parts, [*ends[:row], end, *ends[row + 1 :]])
+    for ask in ONE:
+        found = [alone(path, ask, k) for k in range(len(parts))]
+        assert [text for text, part in zip(found, parts, strict=True) if text not in ("refused", part.tolist())] == []
+        assert found[row] == found[row + 1] == "refused"
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,18 @@ def overwrite(path: Path) -> None:
     path.write_bytes(content[:-2] + b"\1\0")
 
 
+def overwrite_and_put_back(path: Path) -> None:
+    """As `rsync --inplace --times` does, or `cp --preserve`."""
+    times = os.stat(path)
+    with open(path, "r+b") as file:
+        file.write(b"\1\0" * 8)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def change_mode(path: Path) -> None:
+    path.chmod(0o600 if os.stat(path).st_mode & 0o077 else 0o644)
+
+
 def unlisted(path: Path) -> None:
     path.rename(path.with_suffix(".moved"))
 
@@ -61,6 +74,8 @@ FAULTS = {
     delete: "was deleted",
     replace: "was replaced by another file",
     overwrite: "was written to",
+    overwrite_and_put_back: r"changed \(content, with its time put back, or attributes\)",
+    change_mode: r"changed \(content, with its time put back, or attributes\)",
     unlisted: "was deleted",
 }
 
@@ -88,6 +103,20 @@ def test_a_file_that_changes_while_it_is_swept(tmp_path, tokens, fault, words, i
     ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), out=tmp_path / "part", **settings)
     for name in ("base.npy", "delta.npy"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("size", [6400, (64 << 20) + 2])
+def test_a_corpus_that_was_copied_or_moved_is_the_same(tmp_path, size):
+    """Of a file hashed in pieces the time of writing counts, which a copy keeps; other times do not."""
+    path, copy = tmp_path / "train.bin", tmp_path / "copy.bin"
+    with open(path, "wb") as file:
+        file.truncate(size)
+    wanted = open_corpus(path, window=WINDOW).fingerprint
+    shutil.copy2(path, copy)
+    change_mode(copy)
+    assert open_corpus(copy, window=WINDOW).fingerprint == wanted
+    copy.rename(tmp_path / "moved.bin")
+    assert open_corpus(tmp_path / "moved.bin", window=WINDOW).fingerprint == wanted
 
 
 def run_python(code: str, *arguments: str) -> None:

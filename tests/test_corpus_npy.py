@@ -142,7 +142,7 @@ def test_wrong_labels_in_memory_are_refused(images, labels):
         (b"\x93NUMPX\x01\0", DamagedFile, "byte 0: wanted the magic"),
         (b"\x93NUMPY\x03\0\x01\0", DamagedFile, "wanted format version 1.0 or 2.0, got 3.0"),
         (b"\x93NUMPY\x01\0\xff\xff{'descr'", DamagedFile, "byte 6: header of .npy cannot be read"),
-        (npy_bytes((0, 2), "<f4", b""), ValueError, "empty corpus"),
+        (npy_bytes((0, 2), "<f4", b""), ValueError, "empty corpus, wanted at least 1 sample in .*"),
         (npy_bytes((), "<f4", bytes(4)), ValueError, "first dimension in .*, got a single number"),
         (npy_bytes((3, 2), "<f4", bytes(24), fortran=True), ValueError, "wanted C order .* got Fortran order"),
         (npy_bytes((3,), "|O", bytes(24)), ValueError, "wanted floats, integers or bools in .*, got dtype object"),

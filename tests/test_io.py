@@ -22,6 +22,7 @@ from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.pixels import Pixels
 from finf_fast.corpus.reading import TRIAL_BYTES, TRIALS, Reading, adopting
 from finf_fast.corpus.slots import KEPT, SMALL, Slots
+from finf_fast.records import DamagedFile
 
 WAYS = pytest.mark.parametrize("io", ["read", "map"])
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -266,9 +267,14 @@ def test_a_network_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
     corpus = open_corpus(path, window=10)
     assert corpus.describe()["io"] == "read" and "network" in corpus.describe()["io_reason"]
     assert open_corpus(path, window=10, io="map").describe()["io"] == "map"
+    identity = files._identity
+    monkeypatch.setattr(files, "_identity", lambda status: (1, 2, *identity(status)[2:]))
+    assert corpus.read(0, 3).shape == (3, 10)  # there the number of a file is no proof of another one
+    monkeypatch.undo()
     os.replace(write(tmp_path / "y", bytes(1000)), path)
     os.utime(path, ns=(corpus._tokens.file.changed_ns,) * 2)
-    assert corpus.read(0, 3).shape == (3, 10)  # there the number of a file is no proof of another one
+    with pytest.raises(DamagedFile, match="x.bin: changed"):
+        corpus.read(0, 3)
 
 
 def test_this_machine_is_no_network(tmp_path):

@@ -26,7 +26,7 @@ def faulty_disk(tmp_path_factory):
 
 
 def run_python(code: str, *arguments: object, library: Path | None = None, **faults: object):
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parent)])
     env = {**os.environ, "PYTHONPATH": paths, **{f"FAULT_{name.upper()}": str(v) for name, v in faults.items()}}
     if library:
         env["LD_PRELOAD"] = os.pathsep.join(filter(None, [env.get("LD_PRELOAD"), str(library)]))
@@ -266,18 +266,25 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("kind", ["eio", "full"])
-def test_a_sweep_over_a_failing_disk_keeps_what_it_has_and_resumes(tmp_path, faulty_disk, kind):
+# Where the disk ends it: bytes of the corpus that can be read; or writes that find room, of which the two arrays'
+# headers are the first two and every block takes three: base, delta and its flag.
+ENDS = {
+    "eio": (3000, "DamagedFile", "x.bin, byte 3000", "Input/output"),
+    "full at a base": (59, "OSError", "cannot write row 152 and on: No space left", "base.npy"),
+    "full at a delta": (60, "OSError", "cannot write row 152 and on: No space left", "delta.npy"),
+    "full at a flag": (61, "OSError", "cannot flag blocks 19 to 19: No space left", "done"),
+    "full at the first flag but one": (7, "OSError", "cannot flag blocks 1 to 1: No space left", "done"),
+    "full at the last flag": (151, "OSError", "cannot flag blocks 49 to 49: No space left", "done"),
+}
+
+
+@pytest.mark.parametrize(("limit", "words"), [(end[0], end[1:]) for end in ENDS.values()], ids=ENDS)
+def test_a_sweep_over_a_failing_disk_keeps_what_it_has_and_resumes(tmp_path, faulty_disk, limit, words):
     tokens(tmp_path / "x.bin", 3200)
     run_python(SWEEP, tmp_path / "x.bin", tmp_path / "whole")
-    # Bytes of the corpus that can be read; writes that find room, some of them of the arrays' headers.
-    at, limit = (tmp_path / "x.bin", 3000) if kind == "eio" else (tmp_path / "part", 60)
-    done = run_python(
-        SWEEP, tmp_path / "x.bin", tmp_path / "part", library=faulty_disk, kind=kind, at=at, **{"from": limit}
-    )
-    words = (
-        ("DamagedFile", "x.bin, byte 3000", "Input/output") if kind == "eio" else ("OSError", "No space left", "part")
-    )
+    kind, at = ("eio", "x.bin") if words[0] == "DamagedFile" else ("full", "part")
+    failing = {"library": faulty_disk, "kind": kind, "at": tmp_path / at, "from": limit}
+    done = run_python(SWEEP, tmp_path / "x.bin", tmp_path / "part", **failing)
     assert all(word in done.stdout for word in words), done.stdout + done.stderr
     flags = sum((tmp_path / "part" / "done").read_bytes())
     assert 0 < flags < 50

@@ -27,7 +27,7 @@ LAYERS = [
     {"lowrank", "runs"},
     {"ops"},
     {"reference", "kernels", "_C", "_cuda"},
-    {"records"},
+    {"records", "disk"},
 ]
 
 

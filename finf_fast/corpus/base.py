@@ -39,9 +39,10 @@ class Corpus(ABC):
     format: ClassVar[str]
     reading: Reading | None = None
 
-    def __init__(self, samples: int, transform: Callable[[Any], Any] | None = None):
+    def __init__(self, samples: int, transform: Callable[[Any], Any] | None = None, file: MappedFile | None = None):
         if samples < 1:
-            raise ValueError("source: empty corpus, wanted at least 1 sample, got 0")
+            where = "" if file is None else f" in {file.name}"
+            raise ValueError(f"source: empty corpus, wanted at least 1 sample{where}, got 0")
         if transform is not None and not callable(transform):
             raise TypeError(f"transform: wanted a callable (batch) -> batch, got {type(transform).__name__}")
         self._samples = samples

@@ -57,7 +57,7 @@ class CifarCorpus(Corpus):
                 f"the one at byte {file.size - file.size % record}"
             )
         self._records = MappedArray(file, 0, np.dtype("u1"), (file.size // record, record))
-        super().__init__(self._records.shape[0], transform)
+        super().__init__(self._records.shape[0], transform, file)
         self._pixels = Pixels((len(self), *SHAPE), np.dtype("u1"), mean, std, "NCHW", dtype)
 
     def _rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -57,16 +57,17 @@ class DatatroveCorpus(DocumentCorpus):
         super().__init__(tokens, self._ends.shape[0], max_length, transform)
 
     def _spans(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        before = max(0, start - 1)
-        ends = self._ends.rows(before, stop, np.array)
-        ends = ends if start else np.append(np.uint64(0), ends)
-        wrong = np.flatnonzero((ends[1:] < ends[:-1]) | (ends[1:] > self._tokens.shape[0]))
+        # One edge more on either side than these documents have: an overlap is seen from each of them alone.
+        first, last = max(0, start - 1), min(stop + 1, self._ends.shape[0])
+        ends = self._ends.rows(max(0, first - 1), last, np.array)
+        edges = ends if first else np.append(np.uint64(0), ends)
+        wrong = np.flatnonzero((edges[1:] < edges[:-1]) | (edges[1:] > self._tokens.shape[0]))
         if len(wrong):
             at = int(wrong[0])
-            wanted = f"an end from {int(ends[at])} to {self._tokens.shape[0]}"
-            raise DamagedFile(f"{self._ends.place(start + at)}: wanted {wanted} tokens, got {int(ends[at + 1])}")
-        edges = ends.astype(np.int64)
-        return edges[:-1], np.diff(edges)
+            wanted = f"an end from {int(edges[at])} to {self._tokens.shape[0]}"
+            raise DamagedFile(f"{self._ends.place(first + at)}: wanted {wanted} tokens, got {int(edges[at + 1])}")
+        own = edges[start - first : stop - first + 1].astype(np.int64)
+        return own[:-1], np.diff(own)
 
     def _notes(self) -> dict[str, Any]:
         beside = self._tokens.file.path + ".loss"

@@ -60,7 +60,7 @@ class MappedFile:
         status = os.fstat(opened.descriptor)
         self.size, self.changed_ns = status.st_size, status.st_mtime_ns
         self._same_as = _identity(status)
-        # Some network file systems number their files anew; there the time of change has to do.
+        # Some network file systems number their files anew; there the times of change have to do.
         self._numbered = not _on_network(opened.descriptor)
         if not self._numbered:
             self.reading.settle_for_network()
@@ -148,7 +148,10 @@ class MappedFile:
             verb = "shrank" if now.st_size < self.size else "grew"
             return f"{verb} from {self.size} to {now.st_size} bytes"
         replaced = self._numbered and _identity(now)[:2] != self._same_as[:2]
-        return "was replaced by another file" if replaced else "was written to"
+        if replaced:
+            return "was replaced by another file"
+        kept = now.st_mtime_ns == self.changed_ns
+        return "changed (content, with its time put back, or attributes)" if kept else "was written to"
 
     def _require(self, stop: int, now: int) -> None:
         if stop > min(now, self.size):
@@ -291,7 +294,9 @@ def _held_open(file: MappedFile) -> None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    """What stays as long as a run's file does. The last one nobody can put back; fingerprints do without it, for a copy
+    of a corpus, or one that was moved, is the same corpus."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _waits(descriptor: int, byte: int) -> bool:

@@ -67,14 +67,7 @@ class MegatronCorpus(DocumentCorpus):
     def _spans(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         if self.sample == "sequence":
             return self._sequences(start, stop)
-        bounds = self._documents.rows(start, stop + 1, _copied)
-        wrong = np.flatnonzero((bounds[1:] < bounds[:-1]) | (bounds[:-1] < 0) | (bounds[1:] > self._lengths.shape[0]))
-        if len(wrong):
-            at = start + int(wrong[0]) + 1
-            found = f"{int(bounds[wrong[0] + 1])} after {int(bounds[wrong[0]])}"
-            raise DamagedFile(
-                f"{self._documents.place(at)}: wanted documents that begin in order, got sequence {found}"
-            )
+        bounds = self._bounds(start, stop)
         first, last = int(bounds[0]), int(bounds[-1])
         if first == last:
             return np.zeros(stop - start, np.int64), np.zeros(stop - start, np.int64)
@@ -82,18 +75,36 @@ class MegatronCorpus(DocumentCorpus):
         edges = np.append(begins, begins[-1] + counts[-1])[bounds - first]
         return edges[:-1], np.diff(edges)
 
+    def _bounds(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start + 1,) sequences that documents ``[start, stop)`` begin with, and the last one ends at.
+
+        Here and below a row on either side is looked at too: what overlaps with this piece is seen from it alone.
+        """
+        before, after = max(0, start - 1), min(stop + 2, self._documents.shape[0])
+        bounds = self._documents.rows(before, after, _copied)
+        wrong = np.flatnonzero((bounds[1:] < bounds[:-1]) | (bounds[:-1] < 0) | (bounds[1:] > self._lengths.shape[0]))
+        if len(wrong):
+            at = before + int(wrong[0]) + 1
+            found = f"{int(bounds[wrong[0] + 1])} after {int(bounds[wrong[0]])}"
+            raise DamagedFile(
+                f"{self._documents.place(at)}: wanted documents that begin in order, got sequence {found}"
+            )
+        return bounds[start - before :][: stop - start + 1]
+
     def _sequences(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """First token and length of sequences ``[start, stop)``, each where the one before it ends."""
         item, stream = self._tokens.dtype.itemsize, self._tokens.shape[0]
-        counts = self._lengths.rows(start, stop, _copied)
-        pointers = self._pointers.rows(start, stop, _copied)
+        before, after = max(0, start - 1), min(stop + 1, self._lengths.shape[0])
+        counts = self._lengths.rows(before, after, _copied)
+        pointers = self._pointers.rows(before, after, _copied)
         begins, shift = pointers // item, pointers % item
-        self._refuse(self._lengths, start, counts < 0, "a length of 0 or more", counts)
+        self._refuse(self._lengths, before, counts < 0, "a length of 0 or more", counts)
         inside = (pointers >= 0) & (shift == 0) & (begins + counts <= stream)
-        self._refuse(self._pointers, start, ~inside, f"a whole token inside {stream * item} bytes", pointers)
-        follows = np.append(True, begins[1:] == begins[:-1] + counts[:-1])
-        self._refuse(self._pointers, start, ~follows, "the end of the sequence before", pointers)
-        return begins, counts
+        self._refuse(self._pointers, before, ~inside, f"a whole token inside {stream * item} bytes", pointers)
+        ends = np.append(begins[0] if before else 0, begins[:-1] + counts[:-1])
+        self._refuse(self._pointers, before, begins != ends, "the end of the sequence before", pointers)
+        own = slice(start - before, stop - before)
+        return begins[own], counts[own]
 
     def _refuse(self, array: MappedArray, start: int, wrong: np.ndarray, wanted: str, found: np.ndarray) -> None:
         if wrong.any():

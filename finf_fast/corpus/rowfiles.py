@@ -37,7 +37,7 @@ class RowFileCorpus(Corpus):
         pixels: Pixels,
         transform: Callable[[Any], Any] | None = None,
     ):
-        super().__init__(features.shape[0], transform)
+        super().__init__(features.shape[0], transform, features.file)
         if labels is not None:
             labels = _checked(labels, features)
         self._features, self._labels, self._pixels = features, labels, pixels

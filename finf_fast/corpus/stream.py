@@ -73,13 +73,12 @@ def map_stream(file: MappedFile, names: list[str] | None) -> tuple[np.ndarray, l
     heads = _Heads(file)
     messages = _Messages(heads)
     schema = messages.schema()
-    chosen = _chosen(file.name, schema.names, names)
-    shapes = [_shape(file.name, schema.field(name)) for name in chosen]
-    pairs, rows, places = list(zip(chosen, shapes, strict=True)), [0], []
+    chosen = _chosen(file.name, messages.names(schema), names)
+    pairs, rows, places = [(name, messages.shape(schema, name)) for name in chosen], [0], []
     while (batch := messages.batch(schema)) is not None:
-        if len(batch):
-            places.append([messages.place(name, batch.column(name), shape) for name, shape in pairs])
-            rows.append(rows[-1] + len(batch))
+        if batch.num_rows:
+            places.append([messages.place(batch, name, shape) for name, shape in pairs])
+            rows.append(rows[-1] + batch.num_rows)
     if not places:
         raise ValueError(f"source: empty corpus, wanted rows in {file.name}, got none")
     found = np.array(places, np.int64)
@@ -127,7 +126,10 @@ class _Heads:
 
 
 class _Messages:
-    """The messages of a stream, one by one; every error of pyarrow becomes one that names the file."""
+    """The messages of a stream, one by one; every error of pyarrow becomes one that names the file.
+
+    What it says of a damaged one may fail late: a name is decoded, and a length looked at, when it is asked for.
+    """
 
     def __init__(self, heads: _Heads):
         self._pa = _pyarrow()
@@ -139,44 +141,59 @@ class _Messages:
         message = self._next()
         if message is None:
             raise DamagedFile(f"{self._heads.file.name}, byte 0: wanted a schema, got the end of a stream")
+        kind = self._parsed(lambda: message.type)
+        if kind != "schema":  # pyarrow checks a message as what it says it is, and would then read it as a schema
+            raise DamagedFile(f"{self._where()}: wanted a schema, got a message of type {kind!r}")
         return self._parsed(lambda: self._pa.ipc.read_schema(message))
+
+    def names(self, schema: Any) -> list[str]:
+        return self._parsed(lambda: schema.names)
+
+    def shape(self, schema: Any, name: str) -> Shape:
+        kind, text = self._parsed(lambda: (schema.field(name).type, str(schema.field(name).type)))
+        shape = self._parsed(lambda: _shape(kind))
+        if shape is None:
+            wanted = "numbers, or lists of integers"
+            raise ValueError(f"columns: wanted columns of {wanted}, got {name!r} of {text} in {self._heads.file.name}")
+        return shape
 
     def batch(self, schema: Any) -> Any:
         """The next record batch, whose buffers tell where they are and hold nothing; None at the end."""
         message = self._next()
         if message is None:
             return None
-        if message.type != "record batch":
+        kind = self._parsed(lambda: message.type)
+        if kind != "record batch":
             raise ValueError(f"source: wanted columns that are stored plainly in {self._heads.file.name}, got a "
-                             f"{message.type}: cast columns with a dictionary to their values")  # fmt: skip
-        self._body = message.body
+                             f"{kind}: cast columns with a dictionary to their values")  # fmt: skip
+        self._body = self._parsed(lambda: message.body)
         batch = self._parsed(lambda: self._pa.ipc.read_record_batch(message, schema))
-        wrong = next((column for column in batch.columns if len(column) != len(batch)), None)
-        if wrong is not None:
-            raise DamagedFile(f"{self._where()}: wanted {len(batch)} rows in every column, got {len(wrong)}")
+        rows = batch.num_rows
+        wrong = [count for count in self._parsed(lambda: [len(column) for column in batch.columns]) if count != rows]
+        if rows < 0 or wrong:
+            raise DamagedFile(f"{self._where()}: wanted {rows} rows in every column, got {[*wrong, rows][0]}")
         return batch
 
-    def place(self, name: str, column: Any, shape: Shape) -> tuple[int, int, int]:
+    def place(self, batch: Any, name: str, shape: Shape) -> tuple[int, int, int]:
         """Where the values and the edges of a column begin, in items of theirs, and how many values there are."""
         dtype, size, is_number, edges = shape
-        values = column if is_number else column.values
-        if column.null_count or values.null_count:
+        nulls, count, buffers = self._parsed(lambda: _parts(batch.column(name), is_number))
+        if nulls:
             raise ValueError(f"columns: wanted a value in every row of {name!r}, got nulls in {self._where()}")
-        needed = len(column) * size if size is not None else len(values)
-        first = self._begin(name, column.buffers()[-1], dtype, needed)
-        offset = 0 if edges is None else self._begin(name, column.buffers()[1], edges, len(column) + 1)
-        return first, offset, len(values)
+        first = self._begin(name, buffers[-1], dtype, batch.num_rows * size if size is not None else count)
+        offset = 0 if edges is None else self._begin(name, buffers[1], edges, batch.num_rows + 1)
+        return first, offset, count
 
-    def _begin(self, name: str, buffer: Any, dtype: np.dtype, count: int) -> int:
+    def _begin(self, name: str, buffer: tuple[int, int], dtype: np.dtype, count: int) -> int:
         needed = count * dtype.itemsize
         if needed == 0:
             return 0
         body = (0, 0) if self._body is None else (self._body.address, self._body.size)
-        found = (0, 0) if buffer is None else (buffer.address - body[0], buffer.size)
-        place = self._heads.at - body[1] + found[0]
-        if not 0 <= found[0] <= found[0] + needed <= body[1] or found[1] < needed or place % dtype.itemsize:
+        at, size = (buffer[0] - body[0], buffer[1]) if buffer[1] else (0, 0)
+        place = self._heads.at - body[1] + at
+        if not 0 <= at <= at + needed <= body[1] or size < needed or place % dtype.itemsize:
             wanted = f"{needed} bytes of column {name!r} inside the batch, not compressed"
-            raise DamagedFile(f"{self._where()}: wanted {wanted}, got {found[1]} bytes at {found[0]} of {body[1]}")
+            raise DamagedFile(f"{self._where()}: wanted {wanted}, got {size} bytes at {at} of {body[1]}")
         return place // dtype.itemsize
 
     def _next(self) -> Any:
@@ -212,19 +229,25 @@ def _chosen(file: str, there: list[str], names: list[str] | None) -> list[str]:
     return chosen
 
 
-def _shape(file: str, field: Any) -> Shape:
-    pa, kind = _pyarrow(), field.type
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    fixed = pa.types.is_fixed_size_list(kind)
+def _shape(kind: Any) -> Shape | None:
+    """Of a column of an Arrow type; None where no sample can be made of it."""
+    types = _pyarrow().types
+    lists = types.is_list(kind) or types.is_large_list(kind)
+    fixed = types.is_fixed_size_list(kind)
     value = kind.value_type if lists or fixed else kind
-    known = pa.types.is_integer(value) or (pa.types.is_floating(value) and not lists)
-    if not known:
-        wanted = "numbers, or lists of integers"
-        raise ValueError(f"columns: wanted columns of {wanted}, got {field.name!r} of {kind} in {file}")
+    if not types.is_integer(value) and (lists or not types.is_floating(value)):
+        return None
     dtype = np.dtype(value.to_pandas_dtype()).newbyteorder("<")
     if lists:
-        return dtype, None, False, np.dtype("<i8" if pa.types.is_large_list(kind) else "<i4")
+        return dtype, None, False, np.dtype("<i8" if types.is_large_list(kind) else "<i4")
     return dtype, kind.list_size if fixed else 1, not fixed, None
+
+
+def _parts(column: Any, is_number: bool) -> tuple[bool, int, list[tuple[int, int]]]:
+    """Of a column: whether it has nulls, how many values, and each buffer's address and size."""
+    values = column if is_number else column.values
+    buffers = [(buffer.address, buffer.size) if buffer is not None else (0, 0) for buffer in column.buffers()]
+    return bool(column.null_count or values.null_count), len(values), buffers
 
 
 def _pyarrow() -> Any:

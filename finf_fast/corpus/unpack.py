@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from finf_fast.disk import naming
 from finf_fast.records import DamagedFile
 
 __all__ = ["gzip_head", "is_gzip", "unpacked"]
@@ -41,13 +42,14 @@ def unpacked(path: str | os.PathLike, cache: str | os.PathLike | None = None) ->
 
     Raises:
         DamagedFile: the archive breaks off or fails its own checksum; no copy is left.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, or has no room for the copy; no part of it is left.
     """
     folder = Path(cache) if cache is not None else _default_cache()
     copy = folder / f"{_content_key(path)}-{Path(path).name.removesuffix('.gz')}"
     if not copy.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _unpack(path, copy)
+        with naming(copy, f"cannot unpack {os.fspath(path)!r} into the cache"):
+            folder.mkdir(parents=True, exist_ok=True)
+            _unpack(path, copy)
     return copy
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finf_fast.disk import save_tensors
 from finf_fast.records import ManifestMismatch
 from finf_fast.reference import product
 from finf_fast.update import model_fingerprint
@@ -159,17 +160,21 @@ class Factors:
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes one file with ``torch.save``: tensors and plain values, so it loads with ``weights_only=True``."""
+        """Writes one file with ``torch.save``: tensors and plain values, so it loads with ``weights_only=True``.
+
+        Raises:
+            OSError: the file cannot be written; none is left that is not whole, and one that was there is as it was.
+        """
         blocks = {
             name: {**block.tensors, "bias": block.bias, "turned": block.turned, "uses": dict(block.uses)}
             for name, block in self.blocks.items()
         }
-        torch.save(
+        save_tensors(
+            path,
             {
                 **{"format": FORMAT, "kind": self.kind, "blocks": blocks, "diagonals": dict(self.diagonals)},
                 **{"batches": list(self.batches), "left": dict(self.left), "record": dict(self.record)},
             },
-            path,
         )
 
     @classmethod

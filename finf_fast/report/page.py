@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from finf_fast.disk import naming, replacing
 from finf_fast.report.markup import Html, join, tag
 from finf_fast.report.samples import Decode, Viewer
 from finf_fast.report.sections import QuerySection, Shown, table
@@ -161,7 +162,6 @@ def _document(title: str, body: Html) -> str:
 def _write(path: Path, text: str) -> Path:
     """The whole page or none: a reader never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with naming(path, "cannot write the page"), replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
     return path

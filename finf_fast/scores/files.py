@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finf_fast.disk import naming, replacing
 from finf_fast.records import DamagedFile
 
 # Linux and macOS differ: the portable call also flushes timestamps, which costs time and nothing else.
@@ -29,24 +30,14 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         offset += written
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes names created or renamed in ``folder`` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def replace_text(path: Path, text: str) -> None:
-    """Replaces the file at ``path`` so that at any instant a reader finds the old text or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    """Replaces the file at ``path`` so that at any instant a reader finds the old text or the new one, whole.
+
+    Raises:
+        OSError: it cannot be written; the old text is still there.
+    """
+    with naming(path, "cannot write"), replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def lock(path: Path) -> int:
@@ -147,13 +138,12 @@ class RowFile:
 
     def write(self, row: int, data: np.ndarray) -> None:
         view = memoryview(np.ascontiguousarray(data)).cast("B")
-        try:
+        with naming(self.path, f"cannot write row {row} and on"):
             write_at(self.fd, view, self.offset + row * self.row_bytes)
-        except OSError as err:
-            raise OSError(err.errno, f"cannot write row {row} and on: {err.strerror}", str(self.path)) from err
 
     def sync(self) -> None:
-        datasync(self.fd)
+        with naming(self.path, "cannot make its rows durable"):
+            datasync(self.fd)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -173,14 +163,8 @@ def write_new(
     path = Path(path)
     if path.exists():
         raise ValueError(f"out: wanted a new file, got {path}, which is there already")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with naming(path, "out"), replacing(path) as temporary:
         _write_rows(temporary, shape, dtype, blocks)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
     return np.load(path, mmap_mode="r")
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from finf_fast.disk import naming, sync
 from finf_fast.records import DamagedFile
 from finf_fast.scores import manifest as manifests
-from finf_fast.scores.files import RowFile, check_npy, check_size, datasync, lock, reserve, sync_folder, write_at
+from finf_fast.scores.files import RowFile, check_npy, check_size, datasync, lock, reserve, write_at
 
 LOCK = "lock"
 DONE = "done"
@@ -102,13 +103,18 @@ class Folder:
             file.sync()
 
     def flag(self, numbers: Iterable[int]) -> None:
-        """Marks blocks as done. Call ``sync`` first."""
+        """Marks blocks as done. Call ``sync`` first.
+
+        Raises:
+            OSError: the disk failed; they are not marked.
+        """
         numbers, flags = list(numbers), self.done.copy()
         flags[numbers] = 1
         # One write from the first to the last: flags between them are as they were.
         first, last = min(numbers), max(numbers)
-        write_at(self._done, memoryview(flags)[first : last + 1], first)
-        datasync(self._done)
+        with naming(self.path / DONE, f"cannot flag blocks {first} to {last}"):
+            write_at(self._done, memoryview(flags)[first : last + 1], first)
+            datasync(self._done)
         self.done = flags
 
     def save_manifest(self, manifest: dict[str, Any]) -> None:
@@ -129,7 +135,7 @@ class Folder:
         self._done = os.open(self.path / DONE, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         reserve(self._done, len(self.done))
         os.fsync(self._done)
-        sync_folder(self.path)
+        sync(self.path)
 
     def _discard(self) -> None:
         """Takes away what a run that never got ready left; the manifest last, since it says whose files these are."""
@@ -170,17 +176,13 @@ def claim(out: str | os.PathLike[str], manifest: dict[str, Any]) -> Folder:
 def make_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"out: wanted a folder, got the file {path}")
-    try:
+    with naming(path, "out: cannot make the result folder"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise OSError(err.errno, f"out: cannot make the result folder: {err.strerror}", str(path)) from err
 
 
 def take_lock(path: Path) -> int:
-    try:
+    with naming(path, "out: cannot write in the result folder"):
         return lock(path / LOCK)
-    except OSError as err:
-        raise OSError(err.errno, f"out: cannot write in the result folder: {err.strerror}", str(path)) from err
 
 
 def refuse_foreign(path: Path) -> None:
