@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from finf_fast.mirrors.body import ALIKE
-from finf_fast.mirrors.query import longest
+from finf_fast.mirrors.query import longest, tree_map
 from finf_fast.mirrors.watch import Use, Watch, each_its_own, positions_of
 from finf_fast.order import Mixed
 from finf_fast.skeleton import Skeleton
-from finf_fast.transfer import rows
 
 __all__ = ["Pass", "Passes"]
 
@@ -73,7 +72,7 @@ class Passes:
             yield together
             return
         for row in range(len(indices)):
-            yield self._pass(rows(batch, row, row + 1), indices[row : row + 1])
+            yield self._pass(_single(batch, row), indices[row : row + 1])
 
     def _together(self, batch: Any, indices: np.ndarray) -> Pass | None:
         try:
@@ -113,7 +112,7 @@ class Passes:
         """
         for row in sorted({0, len(value) // 2, len(value) - 1}):
             with Watch(self._body, self._names) as watch:
-                alone = self._output(rows(batch, row, row + 1)).detach()
+                alone = self._output(_single(batch, row)).detach()
             if not _same(alone, value[row : row + 1], value):
                 if free:
                     return False
@@ -168,6 +167,10 @@ def _nearest(plain: Tensor, other: Tensor, weights: Tensor) -> Tensor:
     seen = (plain * other).sum(1) / plain.square().sum(1).clamp(min=torch.finfo(plain.dtype).tiny)
     known = weights.to(plain).sort().values
     return known[torch.bucketize(seen, (known[1:] + known[:-1]) / 2)]
+
+
+def _single(batch: Any, row: int) -> Any:
+    return tree_map(lambda leaf: leaf[row : row + 1], batch)
 
 
 def _mask(batch: Any) -> Tensor | None:
