@@ -123,46 +123,6 @@ def test_the_diagonal_fisher_is_the_mean_of_squares():
             assert torch.allclose(update.params[name], wanted, rtol=1e-10, atol=0)
 
 
-def trained(model, x, y, **settings):
-    """The model after some steps of AdamW, and the optimizer."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
-    for _ in range(5):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return optimizer
-
-
-def test_the_state_of_a_real_adamw():
-    model, (x, y) = mlp()
-    optimizer = trained(model, x, y)
-    update = ff.mirror(model, (x[:1], y[:1]), method="adamw_state", state=optimizer.state_dict(), lr=1.0)
-    gradient = ff.mirror(model, (x[:1], y[:1]), lr=1.0, rank=None)
-    for name, parameter in model.named_parameters():
-        mean = optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.999**5)
-        assert torch.allclose(update.params[name], gradient.params[name] / (mean.sqrt() + 1e-8), rtol=1e-10)
-    given = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters() if name != "0.bias"}
-    update = ff.mirror(model, (x[:1], y[:1]), method="adamw_state", state=given)
-    assert update.record["left_still"] == ["0.bias"] and "0.bias" not in update.params
-    assert "state" not in update.record["options"]
-
-
-@pytest.mark.parametrize(
-    "state, error, message",
-    [
-        (None, TypeError, "state: method='adamw_state' wants optimizer.state_dict"),
-        ({"nobody": torch.zeros(1)}, ValueError, "state: the model has no parameter 'nobody'"),
-        ({"0.bias": torch.zeros(1)}, ValueError, r"state: '0.bias' wanted shape \(16,\), got \(1,\)"),
-        ({"state": {}, "param_groups": [{"params": [0]}]}, ValueError, "state: wanted param_names in its 1 groups"),
-        ({"state": {}, "param_groups": [{"params": list(range(6))}]}, ValueError, "state: wanted exp_avg_sq of"),
-    ],
-)
-def test_states_that_do_not_fit(state, error, message):
-    model, (x, y) = mlp()
-    with pytest.raises(error, match=message):
-        ff.mirror(model, (x[:1], y[:1]), method="adamw_state", state=state)
-
-
 @pytest.mark.parametrize("kind", ["kfac", "ekfac", "fisher_diag", "cg"])
 def test_factors_are_saved_with_what_they_were_fitted_on(kind, tmp_path):
     model, (x, y) = mlp()
@@ -280,9 +240,9 @@ def test_long_queries_are_compressed_to_a_rank_that_is_told():
         assert low.record["low_rank_tensors"] == 2 and low.record["change_bytes"] < whole.record["change_bytes"]
 
 
-@pytest.mark.parametrize("method, damping", [("kfac", 1e-3), ("ekfac", 1e-2)])
-def test_training_losses_move_by_the_size_asked_for(method, damping):
-    """In root mean square: what the step's length means."""
+@pytest.mark.parametrize("method, damping, within", [("kfac", 1e-3, 3), ("ekfac", 1e-2, 3), ("adamw_state", 0.1, 10)])
+def test_training_losses_move_by_the_size_asked_for(method, damping, within):
+    """In root mean square: what the step's length means; of Adam's state, whose metric is no curvature, about."""
     model, (x, y) = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -290,9 +250,11 @@ def test_training_losses_move_by_the_size_asked_for(method, damping):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     settings = {"options": {"size": 1e-4, "damping": damping}, "progress": False}
+    if method == "adamw_state":
+        settings["options"]["state"] = optimizer
     scores = ff.forward_inf(model, (x, y), (x[:8], y[:8]), method=method, **settings)
-    wanted = 1e-4 * scores.base.mean()
-    assert np.all(np.abs(np.log(np.sqrt((scores.delta**2).mean(1)) / wanted)) < np.log(3))
+    wanted = 1e-4 * (scores.base.mean() if method != "adamw_state" else 1.0)
+    assert np.all(np.abs(np.log(np.sqrt((scores.delta**2).mean(1)) / wanted)) < np.log(within))
 
 
 def test_the_linear_regime_is_looked_at_and_told():
