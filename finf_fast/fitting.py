@@ -77,7 +77,8 @@ def fit_factors(
     * ``"ekfac"``: besides, the second moment of the gradient along each pair of their eigenvectors, from a second pass
       (George et al., NeurIPS 2018);
     * ``"fisher_diag"``: of every parameter the mean squared gradient, one backward pass a sample;
-    * ``"cg"``: the sample itself, for exact products with the Gauss-Newton or empirical Fisher matrix (small models).
+    * ``"cg"``: the sample itself, for exact products with the Gauss-Newton or empirical Fisher matrix (small models),
+      and an estimate of that matrix' diagonal.
 
     Args:
         model: any ``torch.nn.Module``.
@@ -252,7 +253,10 @@ class _Run:
         def draw(shape: Any) -> Tensor:
             return ops.noise(self._settings.seed, known, 0, shape)
 
-        found = self._loss.fisher(value, batch, draw if self._settings.fisher == "true" else None)
+        if self._settings.kind == "cg" and self._settings.fisher == "true":
+            found = self._loss.scattered(value, batch, draw)
+        else:
+            found = self._loss.fisher(value, batch, draw if self._settings.fisher == "true" else None)
         self._note(value.detach(), batch, indices)
         finite = torch.isfinite(found)
         if not bool(finite.all()):

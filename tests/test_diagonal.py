@@ -8,17 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import finf_fast as ff
-from nets import mlp
+from nets import learn, mlp
 
 
 def trained(model, x, y, parameters=None, **settings):
     """AdamW after some steps of the model."""
-    optimizer = torch.optim.AdamW(parameters or model.parameters(), lr=1e-3, **settings)
-    for _ in range(5):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return optimizer
+    return learn(model, x, y, torch.optim.AdamW(parameters or model.parameters(), lr=1e-3, **settings), 5)
 
 
 def test_the_state_of_a_real_adamw():

@@ -48,9 +48,8 @@ class AdamWState(Preconditioned):
     As in ``torch.optim.AdamW``, v is corrected by its step count where the state has one. λ is ``eps``, as there, plus
     ``damping`` · mean(√v) of the tensor, bounded from below as in :class:`FisherDiagonal`: without it a weight that
     training never moved, such as that of a dead pixel, would take all of the step of a query that has a use for it.
-    ``size`` is a share of 1, and the length of the step
-    that of the metric it inverts: √⟨g, d⟩. That is no curvature, so the training losses move by ``size`` to an order
-    of magnitude only; with states gathered over larger batches, by more.
+    ``size`` is a share of 1, and the length of the step that of the metric it inverts: √⟨g, d⟩. That is no curvature,
+    so the training losses move by ``size`` to an order of magnitude only; with states of larger batches, by more.
 
     Args:
         state: the optimizer; or what its ``state_dict()`` gave; or a mapping name -> v, shaped as the parameter. The
