@@ -39,7 +39,9 @@ TOKENS = 1 << 16  # rather than more samples: twenty for each direction of a fac
 FEWEST = 64  # samples, however long
 KEPT = 1024  # of "cg", which goes through all of them for every product
 LIMIT = 8192  # side beyond which a factor is a diagonal: 512 MiB as a matrix in float64, a minute to factorise
-BACKWARD = 4  # what a forward's memory is multiplied by: its outputs' gradients, and patches or per-sample products
+# What a forward's memory is multiplied by: its outputs' gradients, in a batch that is checked twice, and patches or
+# per-sample products.
+BACKWARD = 5
 MOST = 512  # samples a batch
 
 

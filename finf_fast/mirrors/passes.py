@@ -17,7 +17,7 @@ from finf_fast.skeleton import Skeleton
 
 __all__ = ["Pass", "Passes"]
 
-# Of the largest gradient at any layer: one so much smaller may be rounding alone, as at the keys of a single token.
+# Of the largest gradient at any layer: what is so much smaller is allowed its rounding in full.
 SMALL = 1e-3
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -139,7 +139,8 @@ def _check_told_apart(
         if positions_of(use, len(weights)) is None:
             raise Mixed(f"{use.weight}, at {len(plain)} positions of {len(weights)} samples")
         own = _in_turn(plain, weights) if ordered else _nearest(plain, other, weights)
-        if not bool((other - own[:, None] * plain).norm() <= ALIKE * (plain.norm() + SMALL * most)):
+        gap = torch.addcmul(other, own[:, None], plain, value=-1).norm()
+        if not bool(gap <= ALIKE * (plain.norm() + SMALL * most)):
             raise Mixed(f"{use.weight}, at whose positions samples cannot be told apart")
 
 
