@@ -106,7 +106,7 @@ class AdamWState(Preconditioned):
 
 
 def _usual(diagonals: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:
-    """Name -> () mean of its numbers, at least ε ** ``power`` of the mean of all; 1 where all are 0."""
+    """Name -> () mean of its numbers, at least ε ** ``power`` of the mean of all, or of 1 where that is 0."""
     overall = sum(d.double().sum() for d in diagonals.values()) / sum(d.numel() for d in diagonals.values())
     overall = torch.where(overall > 0, overall, 1.0)
     least = {d.dtype: torch.finfo(d.dtype).eps ** power * overall for d in diagonals.values()}
