@@ -88,11 +88,13 @@ fidelity: $(VENV)/.installed
 PEERS := $(VENV)-peers
 $(PEERS)/.installed: bench/fidelity/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)" -r $<
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)" -r $< pytest --editable .
 	@touch $@
 
-# The peers judge the models that the bench has written down; the bench then reads what they say.
+# First the tests that need peers: factors are kronfluence's. Then these judge the models that the bench has written down,
+# and the bench reads what they say.
 bench-peers: $(VENV)/.installed $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest -q -m prove tests/test_curvature_peers.py
 	$(BIN)/python bench/bench_fidelity.py --tasks retraining --problems
 	for peer in bench/fidelity/peers/*.py; do $(PEERS)/bin/python $$peer runs/fidelity || exit 1; done
 	$(BIN)/python bench/bench_fidelity.py --tasks retraining --save

@@ -22,8 +22,8 @@ from finf_fast.mirrors.body import stepping
 from finf_fast.mirrors.choose import Filter, choose, describe
 from finf_fast.mirrors.collect import CONVENTIONS, Collector
 from finf_fast.mirrors.curvature import Factors
+from finf_fast.mirrors.passes import Passes
 from finf_fast.mirrors.spectrum import Spectra
-from finf_fast.mirrors.watch import Watch
 from finf_fast.planning import Probe, make_plan, probe
 from finf_fast.progress import Progress
 from finf_fast.records import BadSample, NonFiniteLoss, UnsavedFactors
@@ -40,7 +40,9 @@ TOKENS = 1 << 16  # rather than more samples: twenty for each direction of a fac
 FEWEST = 64  # samples, however long
 KEPT = 1024  # of "cg", which goes through all of them for every product
 LIMIT = 8192  # side beyond which a factor is a diagonal: 512 MiB as a matrix in float64, a minute to factorise
-BACKWARD = 4  # what a forward's memory is multiplied by: its outputs' gradients, and patches or per-sample products
+# What a forward's memory is multiplied by: its outputs' gradients, in a batch that is checked twice, and patches or
+# per-sample products.
+BACKWARD = 5
 MOST = 512  # samples a batch
 
 
@@ -65,7 +67,9 @@ def fit_factors(
     """Fits curvature factors of a model on a sample of its training data, for the preconditioned mirror methods.
 
     The model runs in eval mode and is not modified. The curvature is that of the mean loss over samples, each sample's
-    mean over tokens included. What each kind holds:
+    mean over tokens included. Layers see batches of samples; from where their positions cannot be told apart by sample
+    and must be (time first, rows sorted, rows that all samples share), they see one sample at a time, and
+    ``record["one_sample_at_a_time"]`` says why. What each kind holds:
 
     * ``"kfac"``: of every linear layer, Hugging Face Conv1D, convolution with one group, embedding, and projection of a
       self-attention in ``nn.MultiheadAttention``, two factors whose Kronecker product stands for the curvature of
@@ -76,7 +80,8 @@ def fit_factors(
     * ``"ekfac"``: besides, the second moment of the gradient along each pair of their eigenvectors, from a second pass
       (George et al., NeurIPS 2018);
     * ``"fisher_diag"``: of every parameter the mean squared gradient, one backward pass a sample;
-    * ``"cg"``: the sample itself, for exact products with the Gauss-Newton or empirical Fisher matrix (small models).
+    * ``"cg"``: the sample itself, for exact products with the Gauss-Newton or empirical Fisher matrix (small models),
+      and an estimate of that matrix' diagonal.
 
     Args:
         model: any ``torch.nn.Module``.
@@ -175,6 +180,8 @@ class _Run:
         self._indices = _indices(len(corpus), samples, settings.kind, found.tokens, settings.seed)
         self._batch = settings.batch_size or self._fitting(found)
         self._losses: dict[int, float] = {}
+        ordered = settings.kind == "ekfac" or settings.convention == "reduce"
+        self._passes = Passes(self._body, self._names, self._output, self._pseudo, ordered)
         self.total = len(self._indices) * (2 if settings.kind == "ekfac" else 1)
 
     def fitted(self, dtype: torch.dtype, bar: Progress) -> Factors:
@@ -186,7 +193,8 @@ class _Run:
             spectra = Spectra(blocks, dtype)
             self._pass(bar, spectra.add)
             blocks = spectra.blocks()
-        return Factors(kind, blocks, left=self._left(blocks, seen), record={"dtype": str(dtype).rpartition(".")[2]})
+        told = {"dtype": str(dtype).rpartition(".")[2], "one_sample_at_a_time": self._passes.alone}
+        return Factors(kind, blocks, left=self._left(blocks, seen), record=told)
 
     def record(self, params: Filter) -> dict[str, Any]:
         return {
@@ -224,10 +232,8 @@ class _Run:
     def _pass(self, bar: Progress, add: Callable[..., None]) -> None:
         """Hands every batch's layers, and the gradients at their outputs, to ``add``."""
         for batch, indices in self._batches(bar):
-            with Watch(self._body, self._names) as watch:
-                total = self._pseudo(batch, indices).sum()
-            gradients = watch.gradients(total)
-            add(watch.uses, gradients, len(indices), _mask(batch))
+            for found in self._passes.of(batch, indices):
+                add(*found)
 
     def _diagonal(self, dtype: torch.dtype, bar: Progress) -> Factors:
         """One backward pass a sample: any model, any parameter."""
@@ -240,7 +246,8 @@ class _Run:
             if self._settings.kind == "cg":
                 kept.append(batch)
             for row in range(len(indices)):
-                total = self._pseudo(rows(batch, row, row + 1), indices[row : row + 1]).sum()
+                one, number = rows(batch, row, row + 1), indices[row : row + 1]
+                total = self._pseudo(self._output(one), one, number).sum()
                 found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
                 there = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
                 used |= there.keys()
@@ -250,15 +257,20 @@ class _Run:
         left = {name: "no loss depends on it" for name in sums if name not in used}
         return Factors(self._settings.kind, {}, diagonals, tuple(kept), left)
 
-    def _pseudo(self, batch: Any, indices: np.ndarray) -> Tensor:
-        """(B,) numbers to differentiate; see :meth:`finf_fast.loss.Loss.fisher`."""
+    def _output(self, batch: Any) -> Tensor:
+        return self._loss.output(self._body.module, mapped(torch.clone, batch))
+
+    def _pseudo(self, value: Tensor, batch: Any, indices: np.ndarray) -> Tensor:
+        """(B,) numbers to differentiate, of the output for a batch; see :meth:`finf_fast.loss.Loss.fisher`."""
         known = torch.from_numpy(indices).to(self._device)
 
         def draw(shape: Any) -> Tensor:
             return ops.noise(self._settings.seed, known, 0, shape)
 
-        value = self._loss.output(self._body.module, mapped(torch.clone, batch))
-        found = self._loss.fisher(value, batch, draw if self._settings.fisher == "true" else None)
+        if self._settings.kind == "cg" and self._settings.fisher == "true":
+            found = self._loss.scattered(value, batch, draw)
+        else:
+            found = self._loss.fisher(value, batch, draw if self._settings.fisher == "true" else None)
         self._note(value.detach(), batch, indices)
         finite = torch.isfinite(found)
         if not bool(finite.all()):
@@ -306,7 +318,7 @@ class _Run:
         """What the first sample's forward shows."""
         sample = self._placed(self._corpus.read(0, 1))
         with torch.no_grad():
-            return probe(lambda batch: self._loss.output(self._body.module, mapped(torch.clone, batch)), sample)
+            return probe(self._output, sample)
 
     def _fitting(self, found: Probe) -> int:
         """Samples a batch that memory has room for."""
@@ -334,8 +346,3 @@ def _positive(name: str, value: int | None) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{name}: wanted a whole number, at least 1, got {value!r}")
     return value
-
-
-def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

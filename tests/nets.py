@@ -76,6 +76,15 @@ def language_model(samples=30):
     return TinyLm().double().eval(), data
 
 
+def learn(model: nn.Module, x, y, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
+    """The optimizer after so many steps of the model on all of its samples at once."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
 def plain_losses(model: nn.Module, update: Update | None, loss: Loss, batch) -> torch.Tensor:
     """(B,) losses in float64 of a copy of the model to which the update was added."""
     other = copy.deepcopy(model).double().eval()

@@ -1,4 +1,7 @@
-"""Factors and spectra against those of kronfluence, a library of its own; left out where it is not installed."""
+"""Factors and spectra against those of kronfluence, a library of its own; left out where it is not installed.
+
+`make bench-peers` installs it, and runs this first.
+"""
 
 from __future__ import annotations
 

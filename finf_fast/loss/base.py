@@ -136,6 +136,14 @@ class Loss(ABC):
             f"loss: {self.name!r} names no distribution to draw labels from; the empirical Fisher needs none"
         )
 
+    def scattered(self, value: Tensor, batch: Any, draw: Draw) -> Tensor:
+        """As :meth:`fisher` with ``draw``, with as little spread as one draw a sample can have.
+
+        Where the model is sure of itself, labels that it draws are nearly all the same one and its curvature hangs on
+        the few others; here every label has its part in every draw.
+        """
+        return self.fisher(value, batch, draw)
+
     def gauss_newton(self, value: Tensor, batch: Any, tangent: Tensor) -> Tensor:
         """H t for each sample: the second derivative of :meth:`per_sample` by the model's output, times ``tangent``.
 

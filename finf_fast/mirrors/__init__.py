@@ -77,7 +77,8 @@ def mirror(
         device: where to compute; the device of the model's first parameter by default.
         options: of the method: ``weight_decay`` (sgd, adam), ``rank`` (sgd, 32 by default; None for dense changes),
             ``betas`` and ``eps`` (adam), ``tries`` (released); ``size`` and ``rank`` of the last five, ``factors`` and
-            ``damping`` of four of them, ``tolerance`` and ``iterations`` (cg), ``state`` and ``eps`` (adamw_state).
+            ``damping`` of four of them, ``tolerance`` and ``iterations`` (cg), ``state``, ``eps`` and ``damping``
+            (adamw_state).
 
     Returns:
         :class:`Update` with changes in the dtype computed in, dense, but for the linear layers of a single sgd step,

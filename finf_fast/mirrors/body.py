@@ -16,9 +16,8 @@ from finf_fast.loss import Loss, mapped
 from finf_fast.lowrank import LowRank, compress_kernel, dense, kernel_pays, parts
 from finf_fast.mirrors.choose import Filter, choose
 from finf_fast.mirrors.factors import Capture, Gradient
-from finf_fast.mirrors.query import Query, leaves
-from finf_fast.mirrors.watch import Use, Watch
-from finf_fast.order import InOrder, Mixed
+from finf_fast.mirrors.query import Query, longest
+from finf_fast.mirrors.watch import Use, Watch, each_its_own
 from finf_fast.records import BadSample, NonFiniteLoss
 from finf_fast.skeleton import Skeleton, vocabulary
 
@@ -181,17 +180,9 @@ class Body:
                 that is not among ``names`` is not finite.
             NonFiniteLoss: as :meth:`losses`.
         """
-        length = max((tensor.shape[1] for tensor in leaves(query.batch) if tensor.dim() > 1), default=0)
-        watch = Watch(self._skeleton, list(names), query.rows, length)
-        try:
-            with watch, InOrder(query.rows, self.storages()):
-                losses = self.losses(query)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if watch.given:
-                raise Mixed(f"{watch.given}, whose rows all samples share ({error})") from error
-            raise
+        watch = Watch(self._skeleton, list(names), query.rows, longest(query.batch))
+        with each_its_own(watch, query.rows, self.storages()):
+            losses = self.losses(query)
         means = losses.view(len(weights), -1).mean(1)
         plain = watch.gradients(means.sum(), self._leaves, again=True)
         return Watched(means.detach(), watch.uses, plain, watch.gradients((means * weights.to(means)).sum()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,16 +26,17 @@ class ConjugateGradients(Fitted):
     """(C + λ)⁻¹ g with nothing approximated but the sample of the corpus that C is a mean over.
 
     C is the Gauss-Newton matrix (``fisher="true"``, its expectation over labels taken exactly) or the empirical Fisher
-    of that sample; λ is ``damping`` times the mean of C's diagonal. Martens, "Deep learning via Hessian-free
-    optimization", ICML 2010; preconditioned by C's diagonal. All in float64; the graphs of the whole sample stay in
-    memory. The step is dense; ``rank`` compresses it.
+    of that sample; λ is ``damping`` times the mean of C's diagonal as the fit estimates it. Martens, "Deep learning via
+    Hessian-free optimization", ICML 2010; preconditioned by that diagonal. All in float64; the graphs of the whole
+    sample stay in memory. The step is dense; ``rank`` compresses it.
 
     Args:
         tolerance: of the residual's norm, relative to the gradient's.
         iterations: at most.
 
     Raises:
-        ValueError: not there after so many iterations; or another loss than the fit's.
+        ValueError: not there after so many iterations; another loss than the fit's; a model that cannot be
+            differentiated twice or does not run in float64.
     """
 
     name: ClassVar[str] = "cg"
@@ -99,7 +101,7 @@ class Curvature:
         body = Skeleton(model, device, torch.float64)
         self._leaves = [tensor.detach().requires_grad_() for tensor in body.base(names).values()]
         body.put(dict(zip(names, self._leaves, strict=True)))
-        with sdpa_kernel(SDPBackend.MATH):  # the fused ones cannot be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH), _explained():  # the fused ones cannot be differentiated twice
             self._parts = [self._part(body.module, mapped(lambda t: _wide(t, device), batch)) for batch in batches]
         self._samples = sum(batch_size(batch) for batch in batches)
 
@@ -107,7 +109,8 @@ class Curvature:
         """C v, with v and the result shaped as the parameters."""
         total = [torch.zeros_like(x) for x in v]
         for batch, value, u, pulled in self._parts:
-            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+            with _explained():
+                (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
             if self._true:
                 pushed = self._loss.gauss_newton(value.detach(), batch, pushed)
             for whole, part in zip(total, self._pulled(value, pushed, False), strict=True):
@@ -127,6 +130,25 @@ class Curvature:
             *(value, self._leaves, u), create_graph=graph, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return list(found)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """torch's errors at models that this method cannot take, said in its terms."""
+    once = "'kfac', 'ekfac' and 'fisher_diag' differentiate once, in the model's own dtype"
+    try:
+        yield
+    except RuntimeError as error:
+        if "not implemented" in str(error):
+            raise ValueError(
+                f"method: 'cg' wants a model that torch can differentiate twice ({error}); {once}"
+            ) from error
+        if "dtype" in str(error) or "scalar type" in str(error):
+            raise ValueError(
+                "method: 'cg' wants a model that runs in float64 too, with casts such as x.to(weight.dtype) in place "
+                f"of x.float() ({error}); {once}"
+            ) from error
+        raise
 
 
 def solve(

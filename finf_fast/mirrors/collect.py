@@ -64,7 +64,8 @@ class Collector:
         """One batch.
 
         Args:
-            uses, gradients: of every layer, None where nothing depends on its output.
+            uses, gradients: of every layer, None where nothing depends on its output. Where positions are reduced or
+                masked they lie sample by sample.
             samples: B.
             mask: (B, L) which tokens are there, or None.
         """
@@ -93,7 +94,7 @@ class Collector:
     def _add_rows(self, use: Use, outputs: Tensor, samples: int, kept: Tensor | None) -> None:
         inputs = extended(use.inputs().to(self.dtype), use.bias)
         if self.convention == "reduce":
-            inputs, outputs = _reduced(use, inputs, outputs, samples, kept)
+            inputs, outputs = _reduced(inputs, outputs, samples, kept)
         elif kept is not None:
             inputs, outputs = inputs[kept], outputs[kept]
         sums = self._of(use, inputs.shape[1], outputs, diagonal=inputs.shape[1] > self.limit)
@@ -145,29 +146,22 @@ def extended(inputs: Tensor, bias: str | None) -> Tensor:
 
 
 def counting(use: Use, mask: Tensor | None) -> Tensor | None:
-    """(P,) positions of a use that count: no padding; None for all."""
+    """(P,) positions of a use that count: no padding; None for all. They lie sample by sample."""
     kept = use.kept
-    if mask is not None and use.lead in (tuple(mask.shape), (mask.numel(),)):
+    if mask is not None and _of_tokens(use.lead, tuple(mask.shape)):
         there = mask.reshape(-1) != 0
         kept = there if kept is None else kept & there
     return kept
 
 
-def positions_of(use: Use, samples: int) -> int | None:
-    """Positions R a sample, where rows lie sample by sample; None where the model keeps them otherwise."""
-    flat = len(use.lead) == 1 and use.lead[0] % samples == 0
-    if use.lead and (use.lead[0] == samples or flat):
-        return torch.Size(use.lead).numel() // samples
-    return None
+def _of_tokens(lead: tuple[int, ...], shape: tuple[int, int]) -> bool:
+    """Whether a use's positions are the tokens of a mask (B, L); of one sample they may also stand in another place."""
+    alone = shape[0] == 1 and tuple(n for n in lead if n != 1) == shape[1:]
+    return alone or lead in (shape, (shape[0] * shape[1],))
 
 
-def _reduced(use: Use, inputs: Tensor, outputs: Tensor, samples: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+def _reduced(inputs: Tensor, outputs: Tensor, samples: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, n) mean input and (B, m) sum of the gradients of every sample."""
-    if positions_of(use, samples) is None:
-        raise ValueError(
-            f"convention: 'reduce' wants layers that keep the samples first, got {use.weight!r} with an input of "
-            f"{use.lead} rows for {samples} samples"
-        )
     here = inputs.new_ones(len(inputs)) if kept is None else kept.to(inputs.dtype)
     counts = here.view(samples, -1).sum(1, keepdim=True).clamp(min=1)
     inputs, outputs = ((x * here[:, None]).view(samples, -1, x.shape[1]).sum(1) for x in (inputs, outputs))

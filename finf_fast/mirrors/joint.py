@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from finf_fast.mirrors.body import ALIKE, Body
-from finf_fast.mirrors.collect import positions_of
 from finf_fast.mirrors.factors import Gradient
 from finf_fast.mirrors.query import Query, leaves, tree_map
-from finf_fast.mirrors.watch import TURNED, Use
+from finf_fast.mirrors.watch import TURNED, Use, positions_of
 from finf_fast.order import Mixed
 
 __all__ = ["Caught", "Joint"]

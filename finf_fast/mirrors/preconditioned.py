@@ -35,12 +35,10 @@ class Direction:
         params: name -> change for ``lr`` 1, in the direction of ascent.
         shares: name -> share of its squared norm that a compression discarded.
         notes: for the record.
-        length: of the change in the metric of the curvature, √(dᵀ C d); None for that of C d = g, √⟨g, d⟩.
     """
 
     params: dict[str, Change]
     shares: dict[str, float] = field(default_factory=dict)
-    length: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,13 +92,13 @@ class Preconditioned(Method):
     def _step(self, query: Query, before: float, caught: dict[str, Gradient], found: Direction) -> Step:
         require_finite(found.params, "step", query.who)
         slope = math.fsum(caught[name].dot(change) for name, change in found.params.items())
-        lr = self._rate(slope, _length(slope, found), query)
+        lr = self._rate(slope, _length(slope), query)
         signed = lr if self.direction == "ascent" else -lr
         params = {name: _scaled(change, signed) for name, change in found.params.items()}
         notes = {
             "lr": lr,
             "predicted_change": signed * slope,
-            "expected_rms": lr * _length(slope, found),
+            "expected_rms": lr * _length(slope),
             **_compression(params, found.shares),
             **found.notes,
         }
@@ -195,9 +193,9 @@ class Fitted(Preconditioned):
         return {"left_still": [name for name in body.weights if name in self.factors.left]}
 
 
-def _length(slope: float, found: Direction) -> float:
-    """√(dᵀ C d)."""
-    return math.sqrt(max(slope, 0.0)) if found.length is None else found.length
+def _length(slope: float) -> float:
+    """√(dᵀ C d), which of C d = g is √⟨g, d⟩."""
+    return math.sqrt(max(slope, 0.0))
 
 
 def _scaled(change: Change, factor: float) -> Change:

@@ -84,6 +84,11 @@ def leaves(batch: Any) -> list[Tensor]:
     return found
 
 
+def longest(batch: Any) -> int:
+    """Of its samples' first dimension, such as tokens; 0 where they have none."""
+    return max((tensor.shape[1] for tensor in leaves(batch) if tensor.dim() > 1), default=0)
+
+
 def _numbers(values: list[Any]) -> bool:
     return all(isinstance(value, Real) for value in values)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from finf_fast.mirrors.collect import counting, extended, positions_of
+from finf_fast.mirrors.collect import counting, extended
 from finf_fast.mirrors.curvature import Block
 from finf_fast.mirrors.watch import TURNED, Use
 
@@ -24,7 +24,7 @@ class Spectra:
     """Adds up the squared gradients of samples, turned into the eigenbasis of their block.
 
     The gradient is a sample's own, summed over positions and uses, before it is squared. Where a side is diagonal (the
-    ids of an embedding) or the model does not keep samples first, positions are taken as independent instead.
+    ids of an embedding) positions are taken as independent instead.
     """
 
     def __init__(self, blocks: Mapping[str, Block], dtype: torch.dtype):
@@ -35,7 +35,7 @@ class Spectra:
         }
 
     def add(self, uses: Sequence[Use], gradients: Sequence[Tensor | None], samples: int, mask: Tensor | None) -> None:
-        """One batch, as :meth:`finf_fast.mirrors.collect.Collector.add` takes it."""
+        """One batch, as :meth:`finf_fast.mirrors.collect.Collector.add` takes it, positions sample by sample."""
         self._samples += samples
         by_weight: dict[str, list[tuple[Use, Tensor]]] = {}
         for use, gradient in zip(uses, gradients, strict=True):
@@ -54,9 +54,7 @@ class Spectra:
 
     def _add(self, name: str, calls: list[tuple[Use, Tensor]], samples: int, mask: Tensor | None) -> None:
         block, total = self._blocks[name], self._sums[name]
-        diagonal = block.rows.is_diagonal or block.cols.is_diagonal
-        apart = [positions_of(use, samples) for use, _ in calls]
-        if diagonal or None in apart:
+        if block.rows.is_diagonal or block.cols.is_diagonal:
             for use, gradient in calls:
                 self._add_positions(block, total, use, gradient, mask)
             return

@@ -8,8 +8,9 @@ two thirds of the work of an ordinary one. Seen are ``torch.nn.functional.linear
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from finf_fast.calls import by_place, ordinary, patches, plain, self_attention, takes
-from finf_fast.order import Mixed
+from finf_fast.order import InOrder, Mixed
 from finf_fast.skeleton import Skeleton
 
 TURNED = ("addmm", "embedding")  # whose weight lies (inputs, outputs)
@@ -35,7 +36,7 @@ class Use:
         kind: ``"linear"``, ``"conv"``, ``"addmm"`` or ``"embedding"``.
         weight, bias: names of its parameters; no bias: None.
         lead: sizes of the input before its last dimension, (B, ...) where the model keeps samples first; of a
-            convolution (B, positions).
+            convolution (B, positions); of all P the product.
         inputs: () -> (P, n) input rows, or (P,) ids; P positions.
         kept: (P,) which positions count; None for all.
         source: the tensor that inputs are read from, and how often it had been written into.
@@ -135,6 +136,34 @@ class Watch(TorchFunctionMode):
             output = output.requires_grad_().clone()
         self.uses.append(Use(edge=get_gradient_edge(output), **use))
         return output
+
+
+@contextlib.contextmanager
+def each_its_own(watch: Watch, samples: int, fixed: Container[int]) -> Iterator[None]:
+    """The forward of a batch that is to be told apart by sample.
+
+    Args:
+        watch: entered here.
+        samples, fixed: as :class:`finf_fast.order.InOrder` takes them.
+
+    Raises:
+        Mixed: a call may move samples, or fails because every sample was given its own positions.
+    """
+    try:
+        with watch, InOrder(samples, fixed):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if watch.given:
+            raise Mixed(f"{watch.given}, whose rows all samples share ({error})") from error
+        raise
+
+
+def positions_of(use: Use, samples: int) -> int | None:
+    """Positions R a sample, if rows lie sample by sample; None where there are not so many for each."""
+    each, rest = divmod(math.prod(use.lead), samples)
+    return None if rest else each
 
 
 def _linear(watch: Watch, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:

@@ -1,0 +1,179 @@
+"""Batches of a fit, forward and backward: what each layer reads, and the gradient at what it gives, told by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finf_fast.mirrors.body import ALIKE
+from finf_fast.mirrors.query import longest, tree_map
+from finf_fast.mirrors.watch import Use, Watch, each_its_own, positions_of
+from finf_fast.order import Mixed
+from finf_fast.skeleton import Skeleton
+
+__all__ = ["Pass", "Passes"]
+
+# Of the largest gradient at any layer: what is so much smaller is allowed its rounding in full.
+SMALL = 1e-3
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class Pass(NamedTuple):
+    """Layers' uses, the gradient of each one's output (None where nothing depends on it), B, and (B, L) which tokens
+    are there, or None."""
+
+    uses: list[Use]
+    gradients: list[Tensor | None]
+    samples: int
+    mask: Tensor | None
+
+
+class Passes:
+    """Takes batches whole, or one sample at a time from where the model is seen to mix them.
+
+    The first batch of every kind, and the first with another layer in it, is checked: its samples' losses are weighted,
+    each with a weight of its own, and so must be the gradients at each one's positions, or, where their order does not
+    matter, at each position by some one's; and a few samples must have the model's output that they have alone, and
+    where order matters their layers must read the same. A loss that couples its samples, and so knows none alone, is
+    taken as it is where order does not matter.
+
+    Args:
+        body: the model's stand-in.
+        names: of the parameters whose layers are watched.
+        output: batch -> the model's output (B, ...) with its graph.
+        judged: (output, batch, indices) -> (B,) numbers to differentiate.
+        ordered: whether positions must lie sample by sample; where a batch masks tokens they must in any case.
+
+    Attributes:
+        alone: why samples are taken one at a time; "" while they are not.
+    """
+
+    def __init__(
+        self,
+        body: Skeleton,
+        names: list[str],
+        output: Callable[[Any], Tensor],
+        judged: Callable[[Tensor, Any, np.ndarray], Tensor],
+        ordered: bool,
+    ):
+        self._body, self._names, self._output, self._judged, self._ordered = body, names, output, judged, ordered
+        self._proven: dict[tuple[Any, ...], set[str]] = {}  # kind of batch -> layers that were right
+        self._fixed = {slot.tensor.untyped_storage().data_ptr() for slot in body.slots.values()}
+        self.alone = ""
+
+    def of(self, batch: Any, indices: np.ndarray) -> Iterator[Pass]:
+        """The passes that a batch takes, of the samples with these indices."""
+        together = None if self.alone else self._together(batch, indices)
+        if together is not None:
+            yield together
+            return
+        for row in range(len(indices)):
+            yield self._pass(_single(batch, row), indices[row : row + 1])
+
+    def _together(self, batch: Any, indices: np.ndarray) -> Pass | None:
+        try:
+            return self._pass(batch, indices)
+        except Mixed as error:
+            self.alone = str(error)
+            return None
+
+    def _pass(self, batch: Any, indices: np.ndarray) -> Pass:
+        samples, mask = len(indices), _mask(batch)
+        ordered = self._ordered or mask is not None
+        watch = Watch(self._body, self._names, samples, longest(batch))
+        with each_its_own(watch, samples if ordered else 1, self._fixed):
+            value = self._output(batch)
+        losses = self._judged(value, batch, indices)
+        kind = (samples, samples == longest(batch), longest(batch) % samples == 0)
+        fresh = samples > 1 and not {use.weight for use in watch.uses} <= self._proven.get(kind, set())
+        gradients = watch.gradients(losses.sum(), again=fresh)
+        if fresh:
+            weights = 1 + torch.arange(samples, dtype=losses.dtype, device=losses.device) * GOLDEN % 1
+            weighted = watch.gradients((losses * weights).sum())
+            free = not ordered and not watch.given
+            if self._as_alone(batch, value.detach(), watch.uses if ordered else [], free):
+                _check_told_apart(watch.uses, gradients, weighted, weights, ordered)
+            self._proven.setdefault(kind, set()).update(_heard(watch.uses, gradients))
+        return Pass(watch.uses, gradients, samples, mask)
+
+    def _as_alone(self, batch: Any, value: Tensor, uses: list[Use], free: bool) -> bool:
+        """Whether the first sample, one in the middle and the last have alone the output that they have here.
+
+        Args:
+            uses: which must read the same besides.
+            free: whether samples may have another output.
+
+        Raises:
+            Mixed: one has not what it must have.
+        """
+        for row in sorted({0, len(value) // 2, len(value) - 1}):
+            with Watch(self._body, self._names) as watch:
+                alone = self._output(_single(batch, row)).detach()
+            if not _same(alone, value[row : row + 1], value):
+                if free:
+                    return False
+                raise Mixed("the model's output, which is another among other samples")
+            for use, own in zip(uses, watch.uses, strict=False):
+                whole = use.inputs().detach()
+                each = len(whole) // len(value)
+                if not _same(own.inputs(), whole[row * each : (row + 1) * each], whole):
+                    raise Mixed(f"{use.weight}, which reads a sample at another place among others")
+        return True
+
+
+def _check_told_apart(
+    uses: list[Use], gradients: list[Tensor | None], weighted: list[Tensor | None], weights: Tensor, ordered: bool
+) -> None:
+    """Raises :class:`Mixed` unless each use's gradients are weighted with the weight of the sample they belong to."""
+    pairs = [
+        (use, use.outputs(plain), use.outputs(other))
+        for use, plain, other in zip(uses, gradients, weighted, strict=True)
+        if plain is not None
+    ]
+    most = max((plain.norm() for _, plain, _ in pairs), default=0.0)
+    for use, plain, other in pairs:
+        if positions_of(use, len(weights)) is None:
+            raise Mixed(f"{use.weight}, at {len(plain)} positions of {len(weights)} samples")
+        own = _in_turn(plain, weights) if ordered else _nearest(plain, other, weights)
+        gap = torch.addcmul(other, own[:, None], plain, value=-1).norm()
+        if not bool(gap <= ALIKE * (plain.norm() + SMALL * most)):
+            raise Mixed(f"{use.weight}, at whose positions samples cannot be told apart")
+
+
+def _heard(uses: list[Use], gradients: list[Tensor | None]) -> set[str]:
+    """Names of the weights whose gradients say something about their positions, or are never there."""
+    silent = {use.weight for use, g in zip(uses, gradients, strict=True) if g is not None and not bool(g.any())}
+    return {use.weight for use in uses} - silent
+
+
+def _same(one: Tensor, other: Tensor, among: Tensor) -> bool:
+    """Whether two tensors are alike, for such as they are part of."""
+    if one.shape != other.shape:
+        return False
+    usual = among.double().norm() * (one.numel() / max(1, among.numel())) ** 0.5
+    return bool((one.double() - other.double()).norm() <= ALIKE * usual)
+
+
+def _in_turn(plain: Tensor, weights: Tensor) -> Tensor:
+    """(P,) weight of each position, where they lie sample by sample."""
+    return weights.repeat_interleave(len(plain) // len(weights)).to(plain)
+
+
+def _nearest(plain: Tensor, other: Tensor, weights: Tensor) -> Tensor:
+    """(P,) weight that is nearest to what each position seems to be weighted with."""
+    seen = (plain * other).sum(1) / plain.square().sum(1).clamp(min=torch.finfo(plain.dtype).tiny)
+    known = weights.to(plain).sort().values
+    return known[torch.bucketize(seen, (known[1:] + known[:-1]) / 2)]
+
+
+def _single(batch: Any, row: int) -> Any:
+    return tree_map(lambda leaf: leaf[row : row + 1], batch)
+
+
+def _mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -1,0 +1,191 @@
+"""Factors do not depend on how samples are batched, however a model lays out their positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import finf_fast as ff
+from mixing_models import Sorted, TimeFirst
+from nets import language_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Flattened(TimeFirst):
+    """Samples second, and then no dimension of their own."""
+
+    def forward(self, x):
+        t = x.transpose(0, 1)
+        return self.head(torch.tanh(self.first(t.reshape(-1, 6))).view(*t.shape[:2], 5).mean(0))
+
+
+class Encoder(nn.Module):
+    """torch's own layer as it comes, time first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(x.transpose(0, 1)).mean(0))
+
+
+class SortedTexts(Sorted):
+    """Of texts (B, T, 6)."""
+
+    def forward(self, x):
+        return super().forward(x.mean(1))
+
+
+class Late(TimeFirst):
+    """Time first behind a gate that only large inputs open, which the first batches have none of."""
+
+    def forward(self, x):
+        t = x.transpose(0, 1)
+        return self.head((torch.tanh(self.first(t)) * (t.abs().amax((0, 2)) > 50)[:, None]).mean(0) + t[0, :, :5])
+
+
+class Shared(nn.Module):
+    """What a layer makes of positions, for all samples at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(2, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        places = torch.linspace(-1, 1, 2 * x.shape[1], dtype=x.dtype).view(-1, 2)
+        return self.head((x * torch.tanh(self.first(places))).mean(1))
+
+
+class Placed(nn.Module):
+    """Time first, with an embedding of positions that fits another order too where there are as many samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.head = nn.Embedding(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        t = x.transpose(0, 1) * self.places(torch.arange(x.shape[1])[None]).mT.mT[0][:, None]
+        return self.head(torch.tanh(t).mean(0))
+
+
+def data(samples=28):
+    torch.manual_seed(0)
+    x = torch.randn(samples, 8, 6).double()
+    x[20:] *= 100
+    return x, torch.randint(0, 4, (samples,))
+
+
+def numbers(factors):
+    """Name -> what a block holds, but for eigenvectors' signs."""
+    return {f"{n} {key}": t for n, block in factors.blocks.items() for key, t in block.tensors.items()}
+
+
+def fitted(model, corpus, size, **settings):
+    return ff.fit_factors(model, corpus, batch_size=size, progress=False, **settings)
+
+
+def alike(factors, other):
+    mine, theirs = numbers(factors), numbers(other)
+    assert mine.keys() == theirs.keys() and mine
+    for name, values in theirs.items():
+        assert (mine[name] - values).norm() <= 1e-9 * values.norm(), name
+
+
+MODELS = [TimeFirst, Flattened, Encoder, SortedTexts, Late, Shared]
+
+
+@pytest.mark.parametrize("size", [4, 8, 11, 28])  # time has 8 steps
+@pytest.mark.parametrize("model", MODELS)
+def test_samples_that_a_model_mixes_are_taken_one_by_one(model, size):
+    torch.manual_seed(0)
+    model = model().double().eval()
+    for settings in ({"kind": "ekfac"}, {"kind": "kfac", "convention": "reduce"}):
+        alone, batched = (fitted(model, data(), n, **settings) for n in (1, size))
+        alike(batched, alone)
+        assert batched.record["one_sample_at_a_time"] and not alone.record["one_sample_at_a_time"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_positions_that_stand_for_themselves_stay_together_in_any_order(model):
+    """K-FAC by "expand" needs to know no more of a position than that it is one sample's."""
+    torch.manual_seed(0)
+    model = model().double().eval()
+    alone, batched = (fitted(model, data(), n) for n in (1, 8))
+    alike(batched, alone)
+    assert bool(batched.record["one_sample_at_a_time"]) == isinstance(model, Shared)
+
+
+class Masked(nn.Module):
+    def __init__(self, time_first):
+        super().__init__()
+        self.first, self.head, self.time_first = nn.Linear(6, 5), nn.Linear(5, 4), time_first
+
+    def forward(self, x, attention_mask):
+        t = torch.tanh(self.first(x.transpose(0, 1))).transpose(0, 1) if self.time_first else torch.tanh(self.first(x))
+        return self.head((t * attention_mask[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_padding_is_found_wherever_it_lies(size):
+    torch.manual_seed(0)
+    models = [Masked(True).double(), Masked(False).double()]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = data()
+    mask = (torch.arange(8) < torch.randint(2, 9, (28, 1))).long()
+    corpus = {"x": x, "attention_mask": mask, "labels": y}
+    for settings in ({}, {"convention": "reduce"}, {"kind": "ekfac"}):
+        found, wanted = (fitted(model, corpus, size, **settings) for model in models)
+        alike(found, wanted)
+        assert bool(found.record["one_sample_at_a_time"]) == (size > 1)
+        assert not wanted.record["one_sample_at_a_time"]
+
+
+class Unfelt(nn.Module):
+    """A layer of which nothing but rounding reaches the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        t = self.first(x)
+        return self.head((torch.tanh(x) + 0.1 * t + 0.2 * t - 0.3 * t).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_gradients_of_rounding_alone_mix_nothing(kind):
+    torch.manual_seed(0)
+    x, y = data()
+    factors = fitted(Unfelt().eval(), (x.float(), y), 8, kind=kind)
+    assert 0 < factors.blocks["first.weight"].rows.trace < 1e-10 * factors.blocks["head.weight"].rows.trace
+    assert not factors.record["one_sample_at_a_time"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"convention": "reduce"}, {"kind": "ekfac"}])
+def test_positions_that_samples_share_are_each_ones_own(settings):
+    """Embeddings of positions, of ragged texts: together, and as if one by one."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=60, **sizes)).double().eval()
+    texts = [{"input_ids": text["input_ids"]} for text in language_model()[1]]
+    alone, batched = (fitted(model, texts, n, loss="causal_lm", **settings) for n in (1, 7))
+    assert "transformer.wpe.weight" in batched.blocks and not batched.record["one_sample_at_a_time"]
+    alike(batched, alone)
+
+
+def test_positions_of_a_model_that_keeps_samples_elsewhere():
+    torch.manual_seed(0)
+    model = Placed().double().eval()
+    alone, batched = (fitted(model, data(), n) for n in (1, 8))
+    alike(batched, alone)
+    assert batched.record["one_sample_at_a_time"]
