@@ -3,10 +3,10 @@
     python bench/gpu_suite.py [--budget 520] [--out bench/results] [--wheels FOLDER]
     python bench/gpu_suite.py --dry-run      # the same on a CPU, tiny: Triton interpreted, compiled faces elsewhere
 
-In this order, as time may run out: builds; a small selection of the faces' tests; the device's own peaks and every
-operation beside its peers; the sweep end to end; all of the faces' tests; compute-sanitizer on a few small ones, where
-it is installed. Each part is a process of its own and may take what is left less the shares of those after it; what no
-longer fits is not run, and said so. Written is <device>-<date>.json, printed last is the table.
+In this order, as time may run out: builds; a few of each operation's tests, bfloat16 first; the device's own peaks and
+every operation beside its peers; the sweep end to end; all of the faces' tests; compute-sanitizer on a few small ones,
+where it is installed. Each part is a process of its own and may take what is left less the shares of those after it;
+what no longer fits is not run, and said so. Written is <device>-<date>.json, printed last is the table.
 
 Ends with 1 if a part failed.
 """
@@ -24,26 +24,24 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gpu_tests import FIRST, SANITIZED, counted, has_passed, judge, named, summary
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
 # Seconds, nine minutes less what ending takes. Shares of it, guessed without a GPU: all that is compiled is built in
 # two minutes on two cores; a case is timed in 1 s and compiled in a few; tests mostly compile.
 BUDGET = 520.0
-SHARES = {"build": 110, "few tests": 50, "operations": 150, "sweep": 60, "all tests": 110, "sanitizer": 40}
+SHARES = {"build": 110, "few tests": 50, "operations": 150, "sweep": 60, "all tests": 90, "sanitizer": 60}
 # A part that does not end by itself is ended this much later than it was asked to.
 GRACE = 10.0
-# Of every operation the tests that say most in the least time: the change keeps its digits, whatever its size.
-FEW = "float32 and (digits or every_size or every_function or definition or relative)"
-# Small launches; the sanitizer slows a kernel by one to two orders of magnitude.
-SANITIZED = ("rms_norm_delta", "layer_norm_delta", "activation_delta", "segment_sum", "cross_entropy_delta")
-FEWEST = "float32 and (empty or empties or every_width)"
+# Operation whose tests a dry run goes through, and which of them it takes for all.
+DRY, DRY_TESTS = "rms_norm_delta", "float32 and every_width"
 # Enough to keep the cores compiling; more processes would only share the device's memory.
 WORKERS = 8
 # What would change which face runs where: decided here alone.
@@ -145,7 +143,9 @@ def build(suite: Suite, limit: float, part: Part) -> None:
         part.note = "" if part.state == "passed" else done.last_words()
         if part.state != "passed":
             return
-    done = suite.python("-c", "import finf_fast", limit=limit)
+    # Without nvcc setup.py leaves the CUDA kernels out and says nothing.
+    modules = "finf_fast" if suite.dry else "finf_fast, finf_fast._cuda"
+    done = suite.python("-c", f"import {modules}", limit=limit)
     if done.code != 0:
         part.state, part.note = "failed", f"{done.last_words()} (--wheels FOLDER brings what is not installed)"
 
@@ -181,9 +181,9 @@ def timed(suite: Suite, limit: float, only: list[str]) -> Run:
 
 
 def state_of(rows: list[dict[str, Any]], broken: bool) -> str:
-    """Of a part whose rows say in a note of their own what failed or did not fit."""
+    """Of a part whose rows say in a note of their own what failed, has no face here or did not fit."""
     said = [row["notes"].get("ours", "") for row in rows]
-    if broken or not rows or any(note.startswith("failed") for note in said):
+    if broken or not rows or any(note.startswith(("failed", "not there")) for note in said):
         return "failed"
     return "out of time" if any(note.startswith("not run") for note in said) else "passed"
 
@@ -219,84 +219,87 @@ def test_files() -> list[Path]:
 
 
 def few_tests(suite: Suite, limit: float, part: Part) -> None:
-    run_tests(suite, limit, part, FEW)
+    if not suite.dry or found_all(suite, FIRST, limit, part):
+        run_tests(suite, limit, part, {f"test_{op}.py": named({op: FIRST[op]}) for op in FIRST})
 
 
 def all_tests(suite: Suite, limit: float, part: Part) -> None:
-    run_tests(suite, limit, part, FEWEST if suite.dry else "")
+    chosen = "(triton or cuda or hybrid or gpu)" + (f" and {DRY_TESTS}" if suite.dry else "")
+    run_tests(suite, limit, part, {path.name: [str(path), "-k", chosen] for path in test_files()})
 
 
-def run_tests(suite: Suite, limit: float, part: Part, words: str) -> None:
-    """Every file in a process of its own, several at a time: compiling is what takes long, and a file whose launch
-    fails takes only itself with it."""
-    files = [path for path in test_files() if not suite.dry or "rms_norm" in path.name]
+def found_all(suite: Suite, tests: Mapping[str, Sequence[str]], limit: float, part: Part) -> bool:
+    """Whether every one of them is a test when faces are sent to a device, which takes none to collect."""
+    files = sorted({test.partition("::")[0] for test in named(tests)})
+    words = ("-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files)
+    done = suite.python(*words, limit=limit, FINF_TEST_DEVICE="cuda")
+    missing = sorted(set(named(tests)) - set(done.out.splitlines()))
+    if missing:
+        part.state, part.note = "failed", f"no such tests: {', '.join(missing)}"
+    return not missing
+
+
+def run_tests(suite: Suite, limit: float, part: Part, chosen: Mapping[str, Sequence[str]]) -> None:
+    """What is chosen of every file in a process of its own, several at a time: compiling is what takes long, and a file
+    whose launch fails takes only itself with it."""
+    chosen = {name: words for name, words in chosen.items() if not suite.dry or DRY in name}
     workers = min(WORKERS, max(1, (os.cpu_count() or 1) // 2))
     until = time.monotonic() + limit
 
-    def one(path: Path) -> tuple[str, Run | None]:
+    def one(name: str) -> tuple[str, Run | None]:
         left = until - time.monotonic()
-        return path.name, pytest(suite, [path], words, left) if left > 1 else None
+        return name, pytest(suite, chosen[name], left) if left > 1 else None
 
     with ThreadPoolExecutor(workers) as pool:
-        runs = dict(pool.map(one, files))
+        runs = dict(pool.map(one, chosen))
     part.found = {name: counted(run) for name, run in runs.items()}
     judge(part, runs)
 
 
-def pytest(suite: Suite, paths: list[Path], words: str, limit: float, before: tuple[str, ...] = (), **more: str) -> Run:
-    """The tests of faces for GPUs, one line a test, so that those that ran are counted in what was ended too."""
-    chosen = "(triton or cuda or hybrid or gpu)" + (f" and {words}" if words else "")
-    command = [*before, sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", "-k", chosen]
+def pytest(suite: Suite, chosen: Sequence[str], limit: float, before: tuple[str, ...] = (), **more: str) -> Run:
+    """The tests chosen, one line a test, so that those that ran are counted in what was ended too."""
+    command = [*before, sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *chosen]
     # Several files share the cores, and what they compute on them is small.
     where = {"FINF_TEST_DEVICE": "cpu" if suite.dry else "cuda", "OMP_NUM_THREADS": "2", **suite.interpreter(), **more}
-    return suite.process([*command, *map(str, paths)], limit, **where)
-
-
-def counted(run: Run | None) -> dict[str, Any]:
-    """How many tests passed, failed, were skipped; the first failures by name; whether all came to their end."""
-    if run is None:
-        return {"ended": "not run"}
-    ends = re.findall(r"^(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)\b", run.out, re.M)
-    found: dict[str, Any] = dict(Counter(word.lower() for _, word in ends))
-    broken = [name for name, word in ends if word in ("FAILED", "ERROR")]
-    if broken:
-        found["broken"] = broken[:20]
-    if run.code not in (0, 1, NO_TESTS):
-        found["ended"] = "out of time" if run.code is None else f"code {run.code}: {run.last_words()}"
-    return found
-
-
-NO_TESTS = 5  # pytest's exit code where nothing was chosen: an operation without a face for GPUs
-
-
-def judge(part: Part, runs: dict[str, Run | None]) -> None:
-    """Passed means: some did, none failed, and all came to their end."""
-    totals = Counter()
-    for found in part.found.values():
-        totals.update({word: n for word, n in found.items() if isinstance(n, int)})
-    short = [name for name, run in runs.items() if run is None or run.code is None]
-    without = [name for name, run in runs.items() if run is not None and run.code == NO_TESTS]
-    broken = totals["failed"] or totals["error"] or any(r and r.code not in (0, None, NO_TESTS) for r in runs.values())
-    part.state = "failed" if broken else "out of time" if short else "passed" if totals["passed"] else "failed"
-    said = [f"{totals[word]} {word}" for word in ("passed", "failed", "error", "skipped") if totals[word]]
-    said += [f"not finished: {', '.join(short)}"] if short else []
-    said += [f"no face for a GPU: {', '.join(without)}"] if without else []
-    part.note = "; ".join(said) or "nothing ran"
+    return suite.process(command, limit, **where)
 
 
 def sanitizer(suite: Suite, limit: float, part: Part) -> None:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None or suite.dry:
-        part.note = "a dry run has no device" if suite.dry else "compute-sanitizer is not installed"
+    if suite.dry:
+        if found_all(suite, SANITIZED, limit, part):
+            part.note = "a dry run has no device; its tests are there"
         return
-    paths = [ROOT / "tests" / f"test_{op}.py" for op in SANITIZED]
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        part.note = "compute-sanitizer is not installed"
+        return
+    given = {
+        f"{check} {face}": {op: tests for op, tests in SANITIZED.items() if face in tests[0]} for check, face in CHECKS
+    }
+    with ThreadPoolExecutor(len(CHECKS)) as pool:
+        started = {
+            name: pool.submit(sanitized, suite, (tool, "--tool", name.split()[0]), tests, limit)
+            for name, tests in given.items()
+        }
+    runs = {name: run.result() for name, run in started.items()}
+    part.found = {name: counted(run) | {"errors": summary(run)} for name, run in runs.items()}
+    judge(part, runs)
+    idle = [f"{name} {op}" for name, tests in given.items() for op in tests if not has_passed(runs[name], op)]
+    if idle and part.state == "passed":
+        part.state, part.note = "failed", f"{part.note}; nothing passed of {', '.join(idle)}"
+
+
+# What is looked for, and in whose kernels. Triton's own barriers, between parts of a pipeline, are not known to the
+# tools that look for races.
+CHECKS = (("memcheck", "cuda"), ("memcheck", "triton"), ("racecheck", "cuda"), ("synccheck", "cuda"))
+
+
+def sanitized(suite: Suite, tool: tuple[str, ...], tests: Mapping[str, Sequence[str]], limit: float) -> Run:
+    before = (*tool, "--target-processes", "all", "--error-exitcode", "99")
     # Of errors only those of kernels: torch and Triton ask what a driver may refuse. torch's own store of memory would
     # hide a kernel that leaves its tensor.
-    before = (tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "99")
-    before += ("--report-api-errors", "no")
-    done = pytest(suite, paths, FEWEST, limit, before, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    part.found = {"memcheck": counted(done), "errors": re.findall(r"ERROR SUMMARY: (\d+)", done.out + done.err)}
-    judge(part, {"memcheck": done})
+    before += ("--report-api-errors", "no") if "memcheck" in tool else ()
+    return pytest(suite, named(tests), limit, before, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 PARTS = dict(zip(SHARES, (build, few_tests, operations, sweep, all_tests, sanitizer), strict=True))

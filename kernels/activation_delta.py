@@ -31,7 +31,7 @@ _GPU = Block(1024, 4)
 BLOCKS = {INTERPRETER: Block(8192, 1), 80: _GPU, 89: _GPU, 90: _GPU, 100: _GPU}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["CHANGES"])
 def _activation_delta_kernel(
     X, GATE, Y, M, CHANGES, x_q, gate_q,
     X_MOVES: tl.constexpr, GATE_MOVES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -103,7 +103,6 @@ def specimens(architecture: int) -> list[Specimen]:
             },
             num_warps=block.num_warps,
             num_stages=1,
-            unaligned=("CHANGES",),
         )
         for kind in KINDS
         for gated in (False, True)

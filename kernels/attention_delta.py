@@ -113,7 +113,7 @@ _FEW = (Tile(64, 64, 1, 1),) * 4
 TILES = {INTERPRETER: Tiles(_FEW, _FEW, _FEW), 80: _AMPERE, 89: _ADA, 90: _HOPPER, 100: _HOPPER}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "GROUP", "T", "TK"])
 def _value_kernel(
     Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_t, m_k, HEADS, GROUP, T, TK, E, EV, scale, cap,
@@ -148,7 +148,7 @@ def _value_kernel(
     store_numbers(LEADER, leader, head, first, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["QUERIES", "HEADS", "GROUP", "T", "TK"])
 def _change_kernel(
     Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
@@ -228,7 +228,7 @@ def _first_mean(gained, p, total):
     return tl.where(p > total * LEAST_SHARE, gained / p * (1.0 - 1.0 / total), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["QUERIES", "HEADS", "GROUP", "T", "TK"])
 def _large_change_kernel(
     Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
@@ -364,7 +364,6 @@ def _specimen(kernel, kind: str, width: int, tile: Tile, busy: bool, architectur
         {name: value for name, value in constexprs.items() if name in kernel.arg_names},
         tile.num_warps,
         tile.num_stages,
-        unaligned=("QUERIES", "HEADS", "GROUP"),
         instructions=(unit,) if kind == "bf16" else (),
         options={} if kind == "bf16" else roomy(tile.num_warps),
     )

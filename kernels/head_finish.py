@@ -26,7 +26,7 @@ REACH = tl.constexpr(50.0)
 FLOOR = tl.constexpr(-60.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["delta_stride", "N", "V", "Q", "parts", "ignore_index"])
 def finish_kernel(
     TARGET, Z_T, VALUES, CHANGES, BASE, DELTA, FAR, delta_stride, N, V, Q, parts, ignore_index, epsilon,
     SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
@@ -62,7 +62,7 @@ def finish_kernel(
         tl.store(FAR + at, far.to(tl.int8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["delta_stride", "N", "V", "Q", "parts"])
 def finish_far_kernel(
     Z_T, VALUES, CHANGES, AFTERS, DELTA, FAR, delta_stride, N, V, Q, parts, epsilon,
     SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,

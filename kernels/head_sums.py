@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-3.4e38)  # below every logit, and no infinity: a differen
 ASIDE = tl.constexpr(-1e-37)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "Q", "x1_rows", "tiles_a_part"])
 def sums_kernel(
     X, DX, W, CENTRE, X1, DW, INNER, U, BIAS, DB, TARGET, Z_T, D_T, FAR, VALUES, CHANGES,
     x_stride, dx_stride, w_stride, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank, tiles_a_part, cap,

@@ -9,7 +9,7 @@ import triton.language as tl
 from finf_fast.kernels.numerics import softcap, softcap_change
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "Q"])
 def inner_kernel(
     X, DX, R, INNER, x_stride, dx_stride, N, D, Q, rank,
     HALVES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
@@ -36,7 +36,7 @@ def inner_kernel(
         acc -= part.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "Q", "x1_rows", "ignore_index"])
 def target_kernel(
     X, DX, W, CENTRE, X1, DW, INNER, U, BIAS, DB, TARGET, Z_T, D_T,
     x_stride, dx_stride, w_stride, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank, cap, ignore_index,

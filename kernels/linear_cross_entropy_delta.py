@@ -23,7 +23,6 @@ from torch import Tensor
 from finf_fast.kernels.configurations import (
     INTERPRETER,
     OPTIONS,
-    Specimen,
     architecture,
     has_descriptors,
     interpreted,
@@ -35,11 +34,12 @@ from finf_fast.kernels.configurations import (
 from finf_fast.kernels.head_finish import finish_far_kernel, finish_kernel
 from finf_fast.kernels.head_sums import sums_kernel
 from finf_fast.kernels.head_targets import inner_kernel, target_kernel
+from finf_fast.kernels.layouts import aligned
 
 # Rows of W whose median stands for what all have in common: within an eighth of their spread, and that is enough.
 SAMPLED = 129
-# Rows that a program of the finish takes: one a thread; numbers that one of the targets' adds up at once: four.
-FINISH_ROWS, TARGET_BLOCK = 128, 512
+# Rows that a program of the finish takes: one a thread; numbers that one of the targets' adds up at once: eight.
+FINISH_ROWS, TARGET_BLOCK = 128, 1024
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ class Settings:
     pair: Tiles  # values and the changes of one query in one loop, and nothing beside
     queries: Tiles  # values, then query after query
     narrow: Tiles  # all that keeps more in registers: biases, a changed weight, soft cap, smoothing
+    fullest: Tiles  # the last two, and a bias or a changed weight besides
     wide: Tiles  # float32
     rank: int  # of a low-rank change, at a time
 
 
 # Two accumulators of 128×128, or one and the e^(z−m) of as many, are 128 of a thread's 255 registers with 8 warps. What
-# comes beside them in `narrow` is spilt there, as compiling ahead of time shows, and is not with half as many columns.
+# comes beside them in `narrow` is spilt there, as compiling ahead of time shows, and is not with half as many columns;
+# all of it at once needs a quarter as many.
 # Stages are as many as shared memory holds: one is (2·rows + columns)·depth bfloat16 of a pair.
 # Triton 3.6 keeps twice as many numbers of a plain tile at a time as 3.9: a pair spilt in 130 places, and in none with
 # half as many columns.
@@ -75,21 +77,22 @@ _PLAIN = 128 if newer_assembler() else 64
 INNER = Tiles(32, 16, 32, 4, 2)
 TABLE = {
     # Small: the tests' axes are cut in several.
-    INTERPRETER: Settings(*[Tiles(16, 64, 64, 1, 1)] * 4, rank=16),
+    INTERPRETER: Settings(*[Tiles(16, 64, 64, 1, 1)] * 5, rank=16),
     # mma.sync has its operands in registers as well: half as many columns as on 90. 163 KiB.
-    80: Settings(Tiles(128, 64, 32, 8, 4), Tiles(128, 64, 32, 8, 4), Tiles(128, 32, 64, 8, 3), _FMA_80, rank=16),
+    80: Settings(*[Tiles(128, 64, 32, 8, 4)] * 2, *[Tiles(128, 32, 64, 8, 3)] * 2, _FMA_80, rank=16),
     # As 80 with 99 KiB.
-    89: Settings(Tiles(128, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 4), Tiles(128, 32, 32, 8, 3), _FMA_80, rank=16),
+    89: Settings(Tiles(128, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 4), *[Tiles(128, 32, 32, 8, 3)] * 2, _FMA_80, rank=16),
     # wgmma reads both operands from shared memory. 227 KiB: 4 stages of 48 KiB, 5 of 32.
     90: Settings(
         pair=Tiles(128, _PLAIN, 64, 8, 4),
         queries=Tiles(128, _PLAIN, 64, 8, 5),
         narrow=Tiles(128, 64, 64, 8, 4),
+        fullest=Tiles(128, 32, 64, 8, 4),
         wide=_FMA,
         rank=16,
     ),
     # Results of tcgen05 come back to registers whole, and 128 columns of them spill. Not measured on a device.
-    100: Settings(*[Tiles(128, 64, 64, 8, 4)] * 3, _FMA, rank=16),
+    100: Settings(*[Tiles(128, 64, 64, 8, 4)] * 3, Tiles(128, 32, 64, 8, 4), _FMA, rank=16),
 }
 
 
@@ -159,19 +162,21 @@ class _Head:
 
     @staticmethod
     def of(x, dx, W, target, bias, db, dW, U, V, softcap, smoothing) -> _Head:
-        """Copies only what the kernels cannot read as it lies: gaps inside rows, updates in another type.
+        """Copies only what the kernels cannot read at full speed as it lies, and updates in another type; D and the
+        rank then end in zeros.
 
         x + dx beside a dense change is rounded to the type of the products, once, as every face does.
         """
         Q = next((len(y) for y in (dx, db, dW, U) if y is not None), 0)
-        x1 = None if dW is None else x if dx is None else _flat(x + dx)
+        x1 = None if dW is None else x if dx is None else x + dx
         # Shorter products are exact and take their offset as it comes; a soft cap feels it.
         centred = x.dtype == torch.float32 and not softcap
+        dW, U = (None if y is None else y.to(x.dtype) for y in (dW, U))
+        x, dx, W, x1, dW = (None if y is None else _flat(y) for y in (x, dx, W, x1, dW))
         centre = W[:: -(-len(W) // SAMPLED)].median(0).values.contiguous() if centred else None
-        dx, dW, U = _flat(dx), _flat(_as(dW, x.dtype)), None if U is None else _as(U, x.dtype).contiguous()
-        x, W, x1 = (y if y is None else _flat(y) for y in (x, W, x1))
         bias, db = (None if y is None else y.float().contiguous() for y in (bias, db))
-        inner = None if V is None else _inner(x, dx, V.float().contiguous())
+        inner = None if V is None else _inner(x, dx, aligned(V.float(), both=True).contiguous())
+        U = None if U is None else aligned(U).contiguous()
         return _Head(x, dx, W, centre, x1, dW, inner, U, bias, db, target.contiguous(), softcap, smoothing, Q)
 
     @property
@@ -184,12 +189,9 @@ class _Head:
 
     @property
     def tiles(self) -> Tiles:
-        beside = [self.bias, self.db, self.dW, self.U]
-        plain = (self.descriptors or self.architecture < 90) and all(y is None for y in beside)
-        return _choose(
-            settings_for(TABLE, self.architecture),
-            *(self.x.dtype == torch.float32, self.paired, plain and not self.softcap and not self.smoothing),
-        )
+        beside = any(y is not None for y in (self.bias, self.db, self.dW, self.U))
+        settings, float32 = settings_for(TABLE, self.architecture), self.x.dtype == torch.float32
+        return choose(settings, float32, self.paired, beside, bool(self.softcap), self.smoothing)
 
     @property
     def halves(self) -> int:
@@ -202,32 +204,25 @@ class _Head:
 
     @property
     def descriptors(self) -> bool:
-        """Whether the long matrices can be read through tensor descriptors: rows apart, multiples of 16 bytes."""
-        long = [y for y in (self.x, self.dx, self.W, self.x1, self.dW) if y is not None]
-        apart = all(y.numel() and y.stride(0) >= y.shape[1] and y.stride(0) * y.itemsize % 16 == 0 for y in long)
-        fits = apart and all(y.data_ptr() % 16 == 0 for y in long)
-        return self.x.dtype == torch.bfloat16 and has_descriptors(self.architecture) and fits
+        """Whether the long matrices are read through tensor descriptors, of which an empty one has none."""
+        return self.x.dtype == torch.bfloat16 and has_descriptors(self.architecture) and self.x.shape[1] > 0
 
 
-def _choose(settings: Settings, float32: bool, paired: bool, plain: bool) -> Tiles:
-    """`plain`: without what the tiles of `narrow` are there for."""
+def choose(settings: Settings, float32: bool, paired: bool, beside: bool, softcap: bool, smoothing: bool) -> Tiles:
+    """`beside`: a bias, its change or a changed weight."""
     if float32:
         return settings.wide
-    if not plain:
+    if beside and softcap and smoothing:
+        return settings.fullest
+    if beside or softcap or smoothing:
         return settings.narrow
     return settings.pair if paired else settings.queries
 
 
-def _as(y: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if y is None else y.to(dtype)
-
-
-def _flat(y: Tensor | None) -> Tensor | None:
-    """(…, D) as a matrix of rows without gaps, all at one distance; itself where it lies so."""
-    if y is None:
-        return None
+def _flat(y: Tensor) -> Tensor:
+    """(…, D) as a matrix of rows apart from each other, all at one distance; itself where it lies so."""
     y = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])  # not -1: D may be 0
-    return y if y.shape[1] <= 1 or y.stride(1) == 1 else y.contiguous()
+    return aligned(y if y.stride(0) >= y.shape[1] else y.contiguous())
 
 
 def _fewest_steps(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
@@ -288,7 +283,7 @@ def _walk(head: _Head, z_t, d_t, far, values, changes, parts, tiles_a_part, *, a
     sums_kernel[(triton.cdiv(N, tiles.rows), parts)](
         *(x, dx, W, head.centre, x1, dW, head.inner, head.U, head.bias, head.db, head.target, z_t, d_t, far),
         *(values, changes, *_strides(head), N, D, len(head.W), head.Q, r, tiles_a_part, head.softcap or 1.0),
-        **_constants(tiles, rank, after, head.paired, bool(head.softcap), smoothing, head.halves, descriptors),
+        **constants(tiles, rank, after, head.paired, bool(head.softcap), smoothing, head.halves, descriptors),
         **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **OPTIONS},
         **(roomy(tiles.num_warps) if head.x.dtype == torch.float32 else {}),
     )
@@ -300,101 +295,7 @@ def _descriptor(y: Tensor, block: list[int]):
     return TensorDescriptor.from_tensor(y, block)
 
 
-def _constants(tiles: Tiles, rank, after, paired, softcap, smoothing, halves, descriptors) -> dict:
+def constants(tiles: Tiles, rank, after, paired, softcap, smoothing, halves, descriptors) -> dict:
     flags = {"AFTER": after, "PAIRED": paired, "SOFTCAP": softcap, "SMOOTHING": smoothing, "HALVES": halves}
     sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "RANK": rank}
     return {**flags, **sizes, "DESCRIPTORS": descriptors, "INTERPRETED": interpreted()}
-
-
-def specimens(architecture: int) -> list[Specimen]:
-    """What is launched, of each kind the one that needs most."""
-    pair = {"dx": True}
-    everything = dict.fromkeys(("dx", "dW", "U", "db", "bias"), True)
-    walks = [
-        _walk_specimen(architecture, "pair", pair, paired=True),
-        _walk_specimen(architecture, "pair, dense", {"dx": True, "dW": True}, paired=True),
-        _walk_specimen(architecture, "pair, low rank and biases", {**everything, "dW": False}, paired=True),
-        _walk_specimen(architecture, "pair, soft cap and smoothing", pair, paired=True, SOFTCAP=True, SMOOTHING=True),
-        _walk_specimen(architecture, "queries", pair),
-        _walk_specimen(architecture, "queries, dense", {"dx": True, "dW": True}),
-        _walk_specimen(architecture, "queries, low rank and biases", {**everything, "dW": False}),
-        _walk_specimen(architecture, "queries, soft cap", {**everything, "U": False}, SOFTCAP=True),
-        _walk_specimen(architecture, "pair again", pair, paired=True, AFTER=True),
-        _walk_specimen(architecture, "queries again", pair, AFTER=True),
-        _walk_specimen(architecture, "pair without descriptors", pair, paired=True, DESCRIPTORS=False),
-        _walk_specimen(architecture, "float32 pair", pair, kind="fp32", paired=True),
-        _walk_specimen(architecture, "float32 queries", {**everything, "dW": False}, kind="fp32"),
-    ]
-    return [*walks, _target_specimen(), _inner_specimen(), *_finish_specimens()]
-
-
-_LONG = ("X", "DX", "W", "X1", "DW")
-_STRIDES = {f"{name}_stride": "i32" for name in ("x", "dx", "w", "x1", "dw")} | {"x1_rows": "i32"}
-_SIZES = {"N": "i32", "D": "i32", "V": "i32", "Q": "i32"}
-
-
-def _walk_specimen(architecture, name, given, kind="bf16", paired=False, **flags) -> Specimen:
-    settings, wide = settings_for(TABLE, architecture), kind == "fp32"
-    descriptors = flags.get("DESCRIPTORS", has_descriptors(architecture) and not wide)
-    alone = (descriptors or architecture < 90) and given.keys() == {"dx"}
-    tiles = _choose(settings, wide, paired, alone and not {"SOFTCAP", "SMOOTHING"} & flags.keys())
-    types = _types(given, kind, None if wide else False)
-    if descriptors:
-        block = {"X": tiles.rows, "DX": tiles.rows, "X1": tiles.rows, "W": tiles.columns, "DW": tiles.columns}
-        types |= {name: f"tensordesc<{kind}[{block[name]},{tiles.depth}]>" for name in _LONG if types[name]}
-    types |= {"FAR": "*i8", "VALUES": "*fp32", "CHANGES": "*fp32"}
-    constants = _constants(tiles, settings.rank, False, paired, False, False, 1 if wide else 2, descriptors) | flags
-    tensor_cores = () if wide else ("HGMMA",) if architecture == 90 else ("HMMA",) if architecture < 90 else ()
-    return _specimen(
-        *(name, sums_kernel, types, {**_STRIDES, **_SIZES, "rank": "i32", "tiles_a_part": "i32", "cap": "fp32"}),
-        *(constants | {"INTERPRETED": False}, tiles.num_warps, tiles.num_stages),
-        unaligned=("N", "V", "Q", "rank", "tiles_a_part", "x1_rows"),
-        instructions=tensor_cores + (("UTMALDG",) if descriptors and architecture == 90 else ()),
-        options=roomy(tiles.num_warps) if wide else {},
-    )
-
-
-def _types(given, kind, centre) -> dict:
-    """Types of the tensors of the head; None for one that is not given."""
-    own, wide = f"*{kind}", "*fp32"
-    types = {"X": own, "DX": given.get("dx") and own, "W": own, "CENTRE": None if centre is False else wide}
-    types |= {"X1": given.get("dW") and own, "DW": given.get("dW") and own}
-    types |= {"INNER": given.get("U") and own, "U": given.get("U") and own}
-    types |= {"BIAS": given.get("bias") and wide, "DB": given.get("db") and wide}
-    return types | {"TARGET": "*i64", "Z_T": "*fp64", "D_T": wide}
-
-
-def _specimen(name, kernel, types, numbers, constants, num_warps=4, num_stages=3, **more) -> Specimen:
-    absent = {argument: None for argument, kind in types.items() if not kind}
-    given = {argument: kind for argument, kind in types.items() if kind}
-    return Specimen(name, kernel, given | numbers, absent | constants, num_warps, num_stages, **more)
-
-
-def _target_specimen() -> Specimen:
-    given = dict.fromkeys(("dx", "U", "db", "bias"), True)
-    numbers = {**_STRIDES, **_SIZES, "rank": "i32", "cap": "fp32", "ignore_index": "i32"}
-    constants = {"SOFTCAP": True, "HALVES": 2, "BLOCK": TARGET_BLOCK}
-    unaligned = ("N", "V", "Q", "rank", "x1_rows", "ignore_index")
-    return _specimen("targets", target_kernel, _types(given, "bf16", False), numbers, constants, unaligned=unaligned)
-
-
-def _inner_specimen() -> Specimen:
-    types = {"X": "*bf16", "DX": "*bf16", "R": "*fp32", "INNER": "*bf16"}
-    numbers = {"x_stride": "i32", "dx_stride": "i32", "N": "i32", "D": "i32", "Q": "i32", "rank": "i32"}
-    constants = {"HALVES": 2, "ROWS": INNER.rows, "DEPTH": INNER.depth, "RANK": INNER.columns}
-    sizes = (INNER.num_warps, INNER.num_stages)
-    return _specimen("inner side", inner_kernel, types, numbers, constants, *sizes, unaligned=("N", "Q", "rank"))
-
-
-def _finish_specimens() -> list[Specimen]:
-    sums = {"Z_T": "*fp64", "VALUES": "*fp32", "CHANGES": "*fp32", "DELTA": "*fp32", "FAR": "*i8"}
-    numbers = {"delta_stride": "i32", "N": "i32", "V": "i32", "Q": "i32", "parts": "i32", "epsilon": "fp32"}
-    constants = {"SMOOTHING": True, "BLOCK": FINISH_ROWS}
-    first, unaligned = {"TARGET": "*i64", "BASE": "*fp32"}, ("N", "V", "Q", "parts", "delta_stride")
-    whole = {**numbers, "ignore_index": "i32"}
-    return [
-        _specimen("finish", finish_kernel, sums | first, whole, constants, unaligned=(*unaligned, "ignore_index")),
-        _specimen(
-            "finish again", finish_far_kernel, sums | {"AFTERS": "*fp32"}, numbers, constants, unaligned=unaligned
-        ),
-    ]

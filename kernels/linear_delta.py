@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, roomy, settings_for
+from finf_fast.kernels.layouts import MULTIPLE, aligned
 from finf_fast.kernels.numerics import product, rounded
 
 
@@ -36,19 +37,27 @@ class Tile:
 @dataclass(frozen=True)
 class Tiles:
     short: Tile  # bfloat16
+    ragged: Tile  # the same where rows of the result are no multiples of 16 numbers, and are stored one by one
     long: Tile  # float32, by multiply-adds: tensor cores would shorten its numbers
+
+    def of(self, dtype: torch.dtype, E: int) -> Tile:
+        if dtype == torch.float32:
+            return self.long
+        return self.ragged if E % MULTIPLE else self.short
 
 
 # bfloat16: 128 x 256 accumulators take half of a multiprocessor's registers, and three stages of 48 KiB its memory;
 # where there is less of it, 128 x 128. Rows of blocks taken together share their columns in the second-level cache.
+# Where results are stored one by one each needs an address of its own, for which a quarter as many leave room.
 # float32: as many warps as leave nothing for the stack.
 _PLAIN = Tile(64, 64, 16, 4, 2)
+_RAGGED = Tile(128, 64, 64, 8, 3)
 TILES = {
-    INTERPRETER: Tiles(Tile(32, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1)),
-    80: Tiles(Tile(128, 128, 32, 8, 4), replace(_PLAIN, num_warps=8)),
-    89: Tiles(Tile(128, 128, 32, 8, 3), replace(_PLAIN, num_warps=8)),
-    90: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
-    100: Tiles(Tile(128, 256, 64, 8, 3), _PLAIN),
+    INTERPRETER: Tiles(*[Tile(32, 32, 16, 1, 1)] * 3),
+    80: Tiles(Tile(128, 128, 32, 8, 4), replace(_RAGGED, BLOCK_K=32), replace(_PLAIN, num_warps=8)),
+    89: Tiles(Tile(128, 128, 32, 8, 3), replace(_RAGGED, BLOCK_K=32), replace(_PLAIN, num_warps=8)),
+    90: Tiles(Tile(128, 256, 64, 8, 3), _RAGGED, _PLAIN),
+    100: Tiles(Tile(128, 256, 64, 8, 3), _RAGGED, _PLAIN),
 }
 TOGETHER = tl.constexpr(8)
 
@@ -61,7 +70,7 @@ def _tile(A, row_stride, stride, rows, columns, row_end, end):
     return tl.load(A + at, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _inner_kernel(
     X, FACTOR, INNER, x_q, x_n, x_d, f_q, f_d, f_r, N, D, R,
     X_MOVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -75,7 +84,7 @@ def _inner_kernel(
     FACTOR += q * f_q
     for k in range(0, D, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
-        v = rounded(_tile(FACTOR, f_d, f_r, depth, columns, D, R).to(tl.float32), TYPE)
+        v = _tile(FACTOR, f_d, f_r, depth, columns, D, R)
         total = product(_tile(X, x_n, x_d, rows, depth, N, D), v, total)
         if X_MOVES:
             total = product(_tile(X + (1 + q) * x_q, x_n, x_d, rows, depth, N, D), v, total)
@@ -92,7 +101,8 @@ def _block(pid, row_blocks, column_blocks):
     return first + pid % size % together, pid % size // together
 
 
-@triton.jit
+# Counts that no load or store hangs on: else each is compiled for anew where it is 1 and where it is a multiple of 16.
+@triton.jit(do_not_specialize=["N", "CHANGES", "db_q"])
 def _linear_delta_kernel(
     X, W, BIAS, DW, INNER, FACTOR, DB, Y,
     x_q, x_n, x_d, w_e, w_d, dw_q, dw_e, dw_d, f_q, f_e, f_r, db_q, db_e, N, D, E, R, CHANGES,
@@ -116,7 +126,7 @@ def _linear_delta_kernel(
         FACTOR += (q - 1) * f_q
         for k in range(0, tl.where(moved, R, 0), BLOCK_K):
             depth = k + tl.arange(0, BLOCK_K)
-            u = rounded(_tile(FACTOR, f_e, f_r, columns, depth, E, R).to(tl.float32), TYPE)
+            u = _tile(FACTOR, f_e, f_r, columns, depth, E, R)
             total = product(_tile(INNER, R, 1, rows, depth, N, R), tl.trans(u), total)
     if DW is not None:
         DW += (q - 1) * dw_q
@@ -126,8 +136,7 @@ def _linear_delta_kernel(
             if X_MOVES:
                 d = _tile(X + q * x_q, x_n, x_d, rows, depth, N, D)
                 x1 = rounded(x1.to(tl.float32) + d.to(tl.float32), TYPE)
-            dw = rounded(_tile(DW, dw_e, dw_d, columns, depth, E, D).to(tl.float32), TYPE)
-            total = product(x1, tl.trans(dw), total)
+            total = product(x1, tl.trans(_tile(DW, dw_e, dw_d, columns, depth, E, D)), total)
     if BIAS is not None:
         bias = tl.load(BIAS + columns, mask=columns < E, other=0.0).to(tl.float32)
         total += tl.where(moved, 0.0, bias)[None, :]
@@ -149,13 +158,18 @@ def linear_delta(
 ) -> None:
     """Fill `y` (1+Q, N, D'), contiguous. As `finf_fast.ops.linear_delta`; of any strides, float32 or bfloat16.
 
-    The changes may have other types and are rounded on their way; `bias` is contiguous.
+    `bias` is contiguous. What cannot be read at full speed as it lies is copied, and so are changes of the weight in
+    another type, which would need more shared memory than there is; a transposed weight can be read.
     """
-    (_, N, D), E, Q = stack.shape, len(W), len(y) - 1
-    found = settings_for(TILES, architecture(stack.device))
-    tile = found.short if stack.dtype == torch.bfloat16 else found.long
+    E, Q, dtype = len(W), len(y) - 1, stack.dtype
+    stack, W = aligned(stack), aligned(W, turned=True)
+    dW = None if dW is None else aligned(dW.to(dtype), turned=True)
+    if factors is not None:
+        factors = aligned(factors[0].to(dtype)), aligned(factors[1].to(dtype), both=True)
+    _, N, D = stack.shape
+    tile = settings_for(TILES, architecture(stack.device)).of(dtype, E)
     U, inner = (None, None) if factors is None else (factors[0], _inner(stack, factors[1], tile))
-    room = roomy(tile.num_warps) if tile is found.long else {}
+    room = roomy(tile.num_warps) if dtype == torch.float32 else {}
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS, **room}
     _linear_delta_kernel[((1 + Q) * triton.cdiv(N, tile.BLOCK_M) * triton.cdiv(E, tile.BLOCK_N),)](
         *(stack, W, bias, dW, inner, U, db, y, *stack.stride(), *W.stride()),
@@ -196,28 +210,33 @@ def _inner(stack: Tensor, V: Tensor, tile: Tile) -> Tensor:
 
 
 def specimens(architecture: int) -> list[Specimen]:
-    """The layer with a low-rank, a dense and no change of its weight, in both types, and the skinny product."""
+    """The layer with a low-rank, a dense and no change of its weight: as it lies, transposed, and with a ragged result;
+    and the skinny product."""
     found = settings_for(TILES, architecture)
-    matrix = ("HGMMA",) if architecture == 90 else ("HMMA",)
-    both = (("bf16", found.short, matrix), ("fp32", found.long, ()))
+    matrix = ("HGMMA",) if architecture == 90 else ("HMMA",) if architecture < 90 else ()
+    # LDGSTS: loads that a product does not wait for, where there are several stages of them.
+    ways = {"": found.short, "transposed": found.short, "ragged": found.ragged}
+    kinds = [("bf16", way, tile, (*matrix, "LDGSTS")) for way, tile in ways.items()]
+    kinds += [("fp32", way, found.long, ("LDGSTS",)) for way in ways]
     forms = {"": (), "low rank": ("INNER", "FACTOR"), "dense": ("DW",)}
-    layers = [_specimen(kind, tile, seen, name, given) for kind, tile, seen in both for name, given in forms.items()]
-    return layers + [_inner_specimen(kind, tile, seen) for kind, tile, seen in both]
+    layers = [_specimen(f"{name} {kind[1]}", *kind, given) for kind in kinds for name, given in forms.items()]
+    return layers + [_inner_specimen(kind, tile, seen) for kind, way, tile, seen in kinds if not way]
 
 
-def _specimen(kind: str, tile: Tile, seen: tuple[str, ...], name: str, given: tuple[str, ...]) -> Specimen:
+def _specimen(name: str, kind: str, way: str, tile: Tile, seen: tuple[str, ...], given: tuple[str, ...]) -> Specimen:
     absent = {"DW", "INNER", "FACTOR"} - set(given)
     tensors = dict.fromkeys([x for x in ("X", "W", "BIAS", "DB", "Y", *given) if x not in absent], f"*{kind}")
-    strides = ["x_q", "x_n", "w_e", "dw_q", "dw_e", "f_q", "f_e", "db_q", "N", "D", "E", "R", "CHANGES"]
+    ones = {"x_d", "f_r", "db_e", *(("w_e", "dw_e") if way == "transposed" else ("w_d", "dw_d"))}
+    strides = [name for name in _linear_delta_kernel.arg_names if name.islower() and name not in ones]
     shape = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K}
     return Specimen(
-        f"{kind} {name}".strip(),
+        " ".join([kind, *name.split()]),
         _linear_delta_kernel,
-        tensors | dict.fromkeys(strides, "i32"),
-        {**dict.fromkeys(absent), **dict.fromkeys(["x_d", "w_d", "dw_d", "f_r", "db_e"], 1), "X_MOVES": True, **shape},
+        tensors | dict.fromkeys([*strides, "N", "D", "E", "R", "CHANGES"], "i32"),
+        {**dict.fromkeys(absent), **dict.fromkeys(ones, 1), "X_MOVES": True, **shape},
         tile.num_warps,
         tile.num_stages,
-        unaligned=("CHANGES",),
+        unaligned=("E",) if way == "ragged" else (),
         instructions=seen,
         options=roomy(tile.num_warps) if kind == "fp32" else {},
     )

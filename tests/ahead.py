@@ -60,9 +60,10 @@ def compile_for(architecture: int, specimen: Specimen) -> Compiled:
 
 
 def _aligned(specimen: Specimen) -> list[str]:
-    """Arguments that Triton would find to be multiples of 16 at a launch."""
+    """Arguments that Triton would find to be multiples of 16 at a launch, of those that it looks at."""
     whole = [name for name, kind in specimen.signature.items() if kind.startswith(("*", "i", "u"))]
-    return [name for name in whole if name not in specimen.unaligned]
+    unseen = {param.name for param in specimen.kernel.params if param.do_not_specialize}
+    return [name for name in whole if name not in specimen.unaligned and name not in unseen]
 
 
 def _look_into(done) -> Compiled:

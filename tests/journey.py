@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from finf_fast.ops import dispatch
+from finf_fast.ops.register import on_its_device
 
 GPU_FACES = ("triton", "cuda", "hybrid")
 
@@ -72,7 +73,7 @@ def abroad(run: Callable, device: str) -> Callable:
 
     def travelling(*args: Any) -> Any:
         luggage = Luggage(device)
-        found = run(*(luggage.moved(x) for x in args))
+        found = on_its_device(run)(*(luggage.moved(x) for x in args))
         luggage.bring_back()
         home = Luggage("cpu")
         return [home.moved(x) for x in found] if isinstance(found, (list, tuple)) else home.moved(found)

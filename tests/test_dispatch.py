@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,50 @@ def test_reasons_for_refusal():
     )
     assert verdict("segment_sum", "cpp", Z.to("meta")).reason == "meta: the cpp face runs on cpu only"
     assert verdict("cross_entropy_delta", "reference", Z.double(), DZ).available
+
+
+def on_gpu(dtype=torch.float32):
+    """What a face is chosen by, of a tensor on the second GPU of a machine that has none."""
+    return SimpleNamespace(device=torch.device("cuda:1"), dtype=dtype)
+
+
+ON_GPU = [(op, face) for op, row in dispatch.TABLE.items() for face in row if face in ("triton", "cuda", "hybrid")]
+
+
+@pytest.fixture
+def capabilities(fresh):
+    """Two GPUs of these capabilities, and everything built."""
+
+    def pretend(first, second):
+        fresh.setattr(torch.cuda, "is_available", lambda: True)
+        fresh.setattr(torch.cuda, "get_device_capability", lambda device=None: second if device.index == 1 else first)
+        fresh.setattr(dispatch, "compiled_cuda", lambda: None)
+        fresh.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+
+    return pretend
+
+
+@pytest.mark.parametrize("op, face", ON_GPU)
+def test_a_gpu_too_old_is_refused_whichever_is_the_current_one(capabilities, op, face):
+    x = on_gpu(dispatch.TABLE[op][face].dtypes[0])
+    capabilities((9, 0), (7, 5))
+    assert verdict(op, face, x).reason == "compute capability 7.5: wanted 8.0 or newer"
+    assert verdict(op, face).available
+    capabilities((7, 5), (8, 0))
+    assert verdict(op, face, x).available
+    assert verdict(op, face).reason == "compute capability 7.5: wanted 8.0 or newer"
+
+
+def test_auto_takes_the_reference_on_a_gpu_too_old(capabilities):
+    capabilities((7, 0), (7, 0))
+    assert dispatch.choose("rms_norm_delta", on_gpu()) == "reference"
+
+
+def test_rocm_is_refused(capabilities, monkeypatch):
+    capabilities((9, 4), (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert verdict("linear_delta", "triton", on_gpu()).reason == "written for CUDA, and this torch is for ROCm 6.2"
+    assert dispatch.choose("linear_delta", on_gpu()) == "reference"
 
 
 def test_reason_when_not_built(unbuilt):

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from finf_fast.bench import gpu_suite
-from finf_fast.bench.gpu_suite import Part, Run, Suite
 from finf_fast.ops import dispatch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import gpu_suite
+import gpu_tests
+from gpu_suite import Part, Run, Suite
 
 SCRIPT = Path(gpu_suite.__file__)
 
@@ -37,6 +41,7 @@ def test_every_part_was_gone_through(dry_run):
     found, seconds = dry_run
     states = {part["name"]: part["state"] for part in found["parts"]}
     assert states.pop("sanitizer") == "not run"
+    assert found["parts"][-1]["note"] == "a dry run has no device; its tests are there"
     assert list(states) == ["build", "few tests", "operations", "sweep", "all tests"]
     assert set(states.values()) == {"passed"}, found["parts"]
     assert seconds - found["parts"][0]["seconds"] < 120  # but for building, which is as long as what has changed
@@ -86,14 +91,14 @@ tests/test_a.py::test_y[cuda] SKIPPED (no CUDA device)           [100%]
 def judged(*runs):
     part = Part("tests")
     given = {f"test_{n}.py": run for n, run in enumerate(runs)}
-    part.found = {name: gpu_suite.counted(run) for name, run in given.items()}
-    gpu_suite.judge(part, given)
+    part.found = {name: gpu_tests.counted(run) for name, run in given.items()}
+    gpu_tests.judge(part, given)
     return part
 
 
 def test_failures_are_counted_and_named():
     part = judged(Run(1, VERBOSE, ""))
-    assert part.state == "failed" and part.note == "1 passed; 1 failed; 1 skipped"
+    assert part.state == "failed" and part.note == "1 passed; 1 failed; 1 skipped; all skipped: tests/test_a.py cuda"
     assert part.found["test_0.py"]["broken"] == ["tests/test_a.py::test_x[triton-a value with spaces]"]
 
 
@@ -102,7 +107,7 @@ def test_failures_are_counted_and_named():
     [
         (0, "a.py::t[triton] PASSED", "passed"),
         (0, "a.py::t[triton] SKIPPED (no CUDA device)", "failed"),
-        (gpu_suite.NO_TESTS, "", "failed"),
+        (gpu_tests.NO_TESTS, "", "failed"),
         (None, "a.py::t[triton] PASSED", "out of time"),
         (134, "a.py::t[triton] PASSED", "failed"),  # the process died
         (99, "a.py::t[triton] PASSED", "failed"),  # the sanitizer's exit code
@@ -110,6 +115,97 @@ def test_failures_are_counted_and_named():
 )
 def test_only_what_ran_to_its_end_has_passed(code, out, state):
     assert judged(Run(code, out, "")).state == state
+
+
+def test_a_face_of_which_every_test_was_skipped_has_failed():
+    """Whatever else passed, of its file or of others: a face that is not there must not look like one that ran."""
+    ran = Run(0, "tests/test_a.py::t[triton-1] PASSED\ntests/test_a.py::t[hybrid-1] SKIPPED (_cuda not built)", "")
+    whole = Run(0, "tests/test_b.py::u SKIPPED (no CUDA device)", "")
+    part = judged(ran, whole)
+    assert part.state == "failed"
+    assert "all skipped: tests/test_a.py hybrid, tests/test_b.py" in part.note
+    some = Run(0, "tests/test_a.py::t[triton-1] PASSED\ntests/test_a.py::t[triton-2] SKIPPED (no such case)", "")
+    assert judged(some).state == "passed"
+
+
+@pytest.mark.parametrize(
+    "note, state",
+    [
+        ("", "passed"),
+        ("not run: no time left", "out of time"),
+        ("failed: RuntimeError", "failed"),
+        ("not there: cuda: _cuda not built", "failed"),
+    ],
+)
+def test_an_operation_that_could_not_be_timed_is_told_of(note, state):
+    assert gpu_suite.state_of([{"notes": {}}, {"notes": {"ours": note}}], broken=False) == state
+
+
+@pytest.mark.parametrize("dry, state", [(False, "failed"), (True, "passed")])
+def test_a_build_without_the_cuda_kernels_has_failed(monkeypatch, dry, state):
+    """As where nvcc is missing: setup.py leaves them out, and ends well."""
+
+    def python(*words, limit, **more):
+        return Run(1, "", "No module named finf_fast._cuda") if "_cuda" in words[-1] else Run(0, "", "")
+
+    suite, part = Suite(60, dry), Part("build")
+    monkeypatch.setattr(suite, "python", python)
+    gpu_suite.build(suite, 60, part)
+    assert part.state == state
+
+
+# What each test asks of an operation's face is in its name, which a rename would quietly take out of the choice.
+@pytest.mark.parametrize("table", ["FIRST", "SANITIZED"])
+def test_every_operation_has_tests_that_are_there(table):
+    chosen, part = getattr(gpu_tests, table), Part("few tests")
+    assert gpu_suite.found_all(Suite(60, dry=True), chosen, 120, part), part.note
+    on_gpu = {op: {"triton", "cuda"} & row.keys() for op, row in dispatch.TABLE.items()}
+    assert chosen.keys() == {op for op, faces in on_gpu.items() if faces}
+    for op, tests in chosen.items():
+        assert all(any(f"[{face}-" in test for test in tests) for face in on_gpu[op]), op
+    in_triton = [tests for op, tests in chosen.items() if "triton" in on_gpu[op]]
+    assert all("[triton-bfloat16" in tests[0] for tests in in_triton)
+
+
+def test_a_test_that_is_not_there_fails_the_dry_run(monkeypatch):
+    wrong = {"noise": ("test_no_such_thing[cuda-int64]",)}
+    monkeypatch.setattr(gpu_suite, "SANITIZED", wrong)
+    suite, part = Suite(60, dry=True), Part("sanitizer")
+    gpu_suite.sanitizer(suite, 60, part)
+    assert part.state == "failed" and "no such tests: tests/test_noise.py::test_no_such_thing[cuda-int64]" in part.note
+
+
+def sanitized_by(monkeypatch, process):
+    """The sanitizer's part where compute-sanitizer is what `process` plays."""
+    suite, part = Suite(60, dry=False), Part("sanitizer")
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: name)
+    monkeypatch.setattr(suite, "process", process)
+    gpu_suite.sanitizer(suite, 60, part)
+    return part
+
+
+def passing(command):
+    return Run(0, "\n".join(f"{word} PASSED [1%]" for word in command if "::" in word), "ERROR SUMMARY: 0 errors")
+
+
+def test_the_sanitizer_goes_through_every_operation_and_looks_for_races(monkeypatch):
+    commands = []
+    part = sanitized_by(monkeypatch, lambda command, limit, **more: (commands.append(command), passing(command))[1])
+    assert part.state == "passed", part.note
+    told = {
+        command[command.index("--tool") + 1]: " ".join(command) for command in commands if "test_noise" in str(command)
+    }
+    assert told.keys() == {"memcheck", "racecheck", "synccheck"}
+    assert all(f"test_{op}.py" in told["racecheck"] for op, row in dispatch.TABLE.items() if "cuda" in row)
+    assert all(f"test_{op}.py::" in str(commands) for op in gpu_tests.SANITIZED)
+
+
+def test_an_operation_that_the_sanitizer_saw_nothing_of_has_failed(monkeypatch):
+    def process(command, limit, **more):
+        return passing([word for word in command if "test_topk_merge" not in word])
+
+    part = sanitized_by(monkeypatch, process)
+    assert part.state == "failed" and "nothing passed of memcheck cuda topk_merge" in part.note
 
 
 def test_one_file_that_did_not_fit_is_told_of():

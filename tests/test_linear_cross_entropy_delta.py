@@ -182,6 +182,13 @@ def test_rows(dtype, N, Q):
         check(make_head(form, N=N, D=5, V=20, Q=Q, step=1e-3, dtype=dtype), bound=few(dtype), by_terms=True)
 
 
+@pytest.mark.parametrize("Q, D", [(1, 136), (2, 64)])
+def test_whole_tiles(dtype, Q, D):
+    """Rows of a multiple of 16 bytes, as descriptors need them: blocks of rows, columns and depth, and more of each."""
+    head = make_head("input", N=140, D=D, V=300, Q=Q, step=1e-3, dtype=dtype)
+    check(replace(head, x=head.x / (D / 24) ** 0.5), bound=few(dtype), by_terms=True)
+
+
 @pytest.mark.parametrize("D", DEPTHS)
 def test_depths(dtype, D):
     for form in ("input and dense", EVERYTHING):

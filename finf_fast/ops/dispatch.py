@@ -93,6 +93,9 @@ TABLE: dict[str, dict[str, Face]] = {
 # Faces of which none is faster everywhere: what was measured decides, and without that their order above.
 RIVALS: dict[str, tuple[str, ...]] = {"linear_cross_entropy_delta": ("triton", "hybrid")}
 
+# Of compute capabilities, without the dot.
+OLDEST = 80
+
 
 @functools.cache
 def compiled() -> ModuleType:
@@ -124,13 +127,27 @@ def _unbuilt_cuda() -> str:
         compiled_cuda()
     except ImportError as error:
         return f"_cuda not built: {error}"
-    return "" if torch.cuda.is_available() else "no CUDA device"
+    return _without_device()
 
 
 def _without_triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return "" if interpreted() or torch.cuda.is_available() else "no CUDA device"
+    return "" if interpreted() else _without_device()
+
+
+def _without_device() -> str:
+    if torch.version.hip:
+        return f"written for CUDA, and this torch is for ROCm {torch.version.hip}"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _too_old(takes: Face, inputs: tuple[Tensor, ...]) -> str:
+    """Why a face for GPUs does not run on the inputs', or without inputs on the current one. Asynchronous copies,
+    products of bfloat16 and what nvcc compiles begin with 8.0."""
+    devices = [x.device for x in inputs] or [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    found = [_architecture(device) for device in devices if device.type == "cuda" and "cuda" in (takes.devices or ())]
+    return next((f"compute capability {n / 10:.1f}: wanted 8.0 or newer" for n in found if n < OLDEST), "")
 
 
 def interpreted() -> bool:
@@ -253,6 +270,7 @@ def _judge(op: str, face: str, inputs: tuple[Tensor, ...]) -> Verdict:
     reason = "" if _at_home(face, inputs) else _MISSING.get(face, str)()
     for x in inputs:
         reason = reason or _refusal(face, takes, x)
+    reason = reason or _too_old(takes, inputs)
     rival = face in RIVALS.get(op, ())
     return Verdict(face, not reason, reason or (f"{_holds(takes)}; {_measured_here()}" if rival else _holds(takes)))
 

@@ -7,11 +7,14 @@ trip over.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["register"]
+__all__ = ["on_its_device", "register"]
 
 _LIBRARY = torch.library.Library("finf_fast", "DEF")
 
@@ -28,8 +31,21 @@ def register(name: str, schema: str, fake: Callable) -> Callable[[Callable], Cal
     def decorate(function: Callable) -> Callable:
         _LIBRARY.define(name + schema)
         # No operation here has a derivative; a parameter among the inputs must not start a graph through its insides.
-        _LIBRARY.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, torch.no_grad()(on_its_device(function)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"finf_fast::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.finf_fast, name).default
 
     return decorate
+
+
+def on_its_device(function: Callable) -> Callable:
+    """`function` with the device of its first argument, a tensor, as the current one.
+
+    Triton launches on the current device, whatever device its pointers are of.
+    """
+
+    def run(x: Tensor, *more: Any) -> Any:
+        with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+            return function(x, *more)
+
+    return run

@@ -1,0 +1,176 @@
+"""How often a kernel would be compiled: once for batches of any length, and never without knowing its loads' alignment.
+
+Triton compiles anew where an integer is 1, where it is a multiple of 16, and where a pointer is one of 16 bytes, unless
+the kernel says of an argument that nothing hangs on it. Launches are recorded here instead of being made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.prove,  # Triton is a large download: `make prove` installs it
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, none is compiled"),
+]
+
+BF16 = torch.bfloat16
+LENGTHS = (1, 2, 15, 16, 48, 77)
+
+
+class Recorder:
+    """A kernel whose launches are only written down."""
+
+    def __init__(self, kernel):
+        self.kernel, self.fn, self.launches = kernel, kernel.fn, []
+
+    def __getitem__(self, grid):
+        names = self.kernel.arg_names
+        return lambda *values, **named: self.launches.append(dict(zip(names, values, strict=False)) | named)
+
+    def variants(self) -> set[tuple]:
+        return {
+            tuple(self._told(param, launch[param.name]) for param in self.kernel.params) for launch in self.launches
+        }
+
+    def ragged(self) -> set[str]:
+        """Arguments that loads hang on and that a launch has brought as no multiple of 16; 1 is a stride."""
+        told = [param.name for param in self.kernel.params if not (param.do_not_specialize or param.is_constexpr)]
+        return {name for launch in self.launches for name in told if not _whole(launch[name])}
+
+    @staticmethod
+    def _told(param, value):
+        if param.is_constexpr or value is None:
+            return value
+        if isinstance(value, Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        return None if param.do_not_specialize or not isinstance(value, int) else (value == 1, value % 16 == 0)
+
+
+def _whole(value) -> bool:
+    if isinstance(value, Tensor):
+        return value.data_ptr() % 16 == 0
+    return not isinstance(value, int) or value == 1 or value % 16 == 0
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Every kernel that a file of kernels launches, under a recorder, by name."""
+    pytest.importorskip("triton")
+
+    def install(file: str) -> dict[str, Recorder]:
+        module, found = importlib.import_module(f"finf_fast.kernels.{file}"), {}
+        for name in [name for name in vars(module) if re.fullmatch(r"_?\w+_kernel", name)]:
+            found[name] = Recorder(getattr(module, name))
+            monkeypatch.setattr(module, name, found[name])
+        return found
+
+    return install
+
+
+def stack(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=BF16)
+
+
+def launch_head(N: int, D: int, V: int, Q: int, r: int) -> None:
+    from finf_fast.kernels.linear_cross_entropy_delta import linear_cross_entropy_delta
+
+    factors = (stack(Q, V, r), stack(Q, D, r))
+    base, delta, target = torch.zeros(N), torch.zeros(Q, N), torch.zeros(N, dtype=torch.int64)
+    x, dx, W = stack(N, D), stack(Q, N, D), stack(V, D)
+    linear_cross_entropy_delta(x, dx, W, target, base, delta, None, None, None, *factors, None, N - 100, 0.0)
+
+
+def launch_linear(N: int, D: int, E: int, Q: int, r: int) -> None:
+    from finf_fast.kernels.linear_delta import linear_delta
+
+    factors = (stack(Q, E, r), stack(Q, D, r))
+    linear_delta(stack(1 + Q, N, D), stack(E, D), None, None, factors, stack(Q, E), stack(1 + Q, N, E))
+
+
+def launch_attention(T: int, TK: int, H: int, Q: int) -> None:
+    from finf_fast.kernels.attention_delta import attention_delta
+
+    q, k, v, out = (
+        stack(1 + Q, 2, H, T, 64),
+        stack(1 + Q, 2, H, TK, 64),
+        stack(1 + Q, 2, H, TK, 64),
+        stack(1 + Q, 2, H, T, 64),
+    )
+    attention_delta(q, k, v, out, causal=True, scale=1.0, mask=None, cap=None)
+
+
+def launch_norm(N: int, Q: int) -> None:
+    from finf_fast.kernels.normalize import normalize
+
+    x, y = stack(1 + Q, N, 64), stack(1 + Q, N, 64)
+    normalize(x, None, (torch.zeros(64), None, None, None), y, None, 1e-5, centred=True)
+
+
+def launch_activation(Q: int) -> None:
+    from finf_fast.kernels.activation_delta import activation_delta
+
+    activation_delta(stack(1 + Q, 1, 64), None, stack(1 + Q, 64), "gelu")
+
+
+RAGGED = {
+    "linear_cross_entropy_delta": lambda n: launch_head(n, 64, n + 3, 2, 16),
+    "linear_delta": lambda n: launch_linear(n, 64, 32, 2, 16),
+    "attention_delta": lambda n: launch_attention(n, n + 1, 4, 2),
+    "normalize": lambda n: launch_norm(n, 2),
+}
+
+
+def variants(kernels: dict[str, Recorder]) -> dict[str, int]:
+    return {name: len(kernel.variants()) for name, kernel in kernels.items()}
+
+
+@pytest.mark.parametrize("file", RAGGED)
+def test_batches_of_any_length_are_compiled_for_once(recorded, file):
+    kernels = recorded(file)
+    RAGGED[file](LENGTHS[0])
+    first = variants(kernels)
+    for n in LENGTHS[1:]:
+        RAGGED[file](n)
+    assert any(first.values()) and variants(kernels) == first
+
+
+QUERIES = {
+    "linear_delta": lambda n: launch_linear(9, 64, 32, n, 16),
+    "attention_delta": lambda n: launch_attention(9, 9, n, n),
+    "normalize": lambda n: launch_norm(9, n),
+    "activation_delta": launch_activation,
+}
+
+
+@pytest.mark.parametrize("file", QUERIES)
+def test_any_number_of_queries_is_compiled_for_once(recorded, file):
+    kernels = recorded(file)
+    QUERIES[file](LENGTHS[0])
+    first = variants(kernels)
+    for n in LENGTHS[1:]:
+        QUERIES[file](n)
+    assert any(first.values()) and variants(kernels) == first
+
+
+# One axis after another is no multiple of 16.
+@pytest.mark.parametrize("D, r", [(60, 16), (64, 5), (60, 5), (1, 1)])
+def test_a_head_is_launched_with_whole_loads_only(recorded, D, r):
+    kernels = recorded("linear_cross_entropy_delta")
+    for N, V, Q in [(9, 33, 1), (9, 33, 3), (16, 32, 2)]:
+        launch_head(N, D, V, Q, r)
+    assert {name: kernel.ragged() for name, kernel in kernels.items()} == {name: set() for name in kernels}
+    (sums,) = [kernel for name, kernel in kernels.items() if name == "sums_kernel"]
+    assert all(launch["DESCRIPTORS"] for launch in sums.launches)
+
+
+@pytest.mark.parametrize("D, r", [(60, 16), (64, 5), (60, 5), (1, 1)])
+def test_a_layer_is_launched_with_whole_loads_only(recorded, D, r):
+    kernels = recorded("linear_delta")
+    launch_linear(9, D, 32, 3, r)
+    assert {name: kernel.ragged() for name, kernel in kernels.items()} == {name: set() for name in kernels}
