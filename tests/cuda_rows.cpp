@@ -96,10 +96,8 @@ void run(const Place& place, const Work& work) {
     reject("device", "1, 8 or 32 lanes", place.device);
 }
 
-// Queries that go together, fewer than the tests have.
-constexpr int QUERIES = 2;
-
-template <class Row>
+// Work on row n and the queries from `first` on, QUERIES of them.
+template <int QUERIES, class Row>
 void rows(const Place& place, int64_t N, int64_t Q, const Row& row) {
     run(place, [&](const auto& group) {
         for (int64_t n = 0; n < N; ++n)
@@ -107,16 +105,32 @@ void rows(const Place& place, int64_t N, int64_t Q, const Row& row) {
     });
 }
 
+template <int QUERIES, class Z, class D>
+void score(const CrossEntropyDelta& op, const Place& place) {
+    PartSums<QUERIES> sums;
+    if (op.splits == 1)
+        return rows<QUERIES>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+            score_row<QUERIES, Z, D>(op, group, n, first, sums);
+        });
+    for (int64_t part = 0; part < op.splits; ++part)
+        rows<QUERIES>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+            sum_part<QUERIES, Z, D>(op, group, n, first, Part::of(part, op.splits));
+        });
+    rows<QUERIES>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+        finish_row<QUERIES, Z, D>(op, group, n, first, sums);
+    });
+}
+
 template <class Z, class D>
 void score(const CrossEntropyDelta& op, const Place& place) {
-    rows(place, op.N, op.Q,
-         [&](const auto& group, int64_t n, int64_t first) { score_row<QUERIES, Z, D>(op, group, n, first); });
+    op.Q > 1 ? score<TOGETHER, Z, D>(op, place) : score<1, Z, D>(op, place);
 }
 
 template <class P, class Y, class T>
 void square(const SquaredErrorDelta& op, const Place& place) {
-    rows(place, op.N, op.Q,
-         [&](const auto& group, int64_t n, int64_t first) { square_row<QUERIES, P, Y, T>(op, group, n, first); });
+    rows<TOGETHER>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+        square_row<TOGETHER, P, Y, T>(op, group, n, first);
+    });
 }
 
 template <class T>

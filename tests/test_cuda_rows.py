@@ -52,6 +52,7 @@ def lanes(request, module, monkeypatch):
     for op in OPS:
         monkeypatch.setitem(dispatch.TABLE[op], "cuda", replace(dispatch.TABLE[op]["cuda"], devices=("cpu",)))
         monkeypatch.setattr(importlib.import_module(f"finf_fast.ops.{op}"), "place", lambda x: (request.param, 0))
+    monkeypatch.setattr(importlib.import_module("finf_fast.ops.cross_entropy_delta"), "multiprocessors", lambda x: 132)
     return request.param
 
 
@@ -83,9 +84,60 @@ def test_cross_entropy_delta_of_different_dtypes_and_any_address(lanes, dtype, c
 
 
 @pytest.mark.parametrize("V", [1, 2, 8, 9, 300])
-@pytest.mark.parametrize("Q", [0, 1, 3])
+@pytest.mark.parametrize("Q", [0, 1, 3, 6])
 def test_cross_entropy_delta_of_any_size(lanes, V, Q):
     check(ops.cross_entropy_delta, make_case(N=3, V=V, Q=Q))
+
+
+@pytest.fixture
+def splits(module, monkeypatch):
+    """What was said of how many blocks should share a row."""
+    said, real = [], module.cross_entropy_delta_splits
+    monkeypatch.setattr(module, "cross_entropy_delta_splits", lambda *sizes: said.append(real(*sizes)) or said[-1])
+    return said
+
+
+# On 132 multiprocessors two rows are worth many blocks, each of at least 4096 columns.
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("V, Q", [(8192, 1), (12291, 6), (40001, 3)])
+def test_cross_entropy_delta_of_rows_that_blocks_share(lanes, splits, dtype, V, Q):
+    check(ops.cross_entropy_delta, make_case(N=2, V=V, Q=Q, step=1e-3, lead=12, dtype=dtype, label_smoothing=0.1))
+    assert [count for count, _ in splits] == [V // 4096]
+
+
+def test_cross_entropy_delta_of_shared_rows_that_are_moved_far_masked_or_ignored(lanes, splits):
+    case = shifted_target(make_case(N=4, V=9000, Q=2, step=1e-4), 60)
+    case.z[0, :8999], case.target[0] = -torch.inf, 8999  # a part without any chance
+    case.dz[1, 1, 5] += 50
+    case.target[3] = -100
+    check(ops.cross_entropy_delta, case)
+    assert splits[0][0] == 2
+
+
+def test_cross_entropy_delta_of_shared_rows_keeps_nan_and_gives_the_same_bits_again(lanes, splits):
+    case = make_case(N=3, V=9000, Q=2)
+    case.z[1, 8000], case.dz[1, 2, 30] = torch.nan, torch.nan
+    base, delta = ops.cross_entropy_delta(case.z, case.dz, case.target)
+    assert base.isnan().tolist() == [False, True, False]
+    assert delta.isnan().tolist() == [[False, True, False], [False, True, True]]
+    again = ops.cross_entropy_delta(case.z, case.dz, case.target)
+    assert torch.equal(base.nan_to_num(), again[0].nan_to_num())
+    assert torch.equal(delta.nan_to_num(), again[1].nan_to_num())
+    assert splits == 2 * [splits[0]] and splits[0][0] == 2
+
+
+def test_how_many_blocks_share_a_row(module):
+    def count(N, V, Q, multiprocessors=132):
+        blocks, size = module.cross_entropy_delta_splits(multiprocessors, N, V, Q)
+        assert (size > 0) == (blocks > 1)
+        return blocks
+
+    assert [count(1, V, 1) for V in (1, 2048, 8191, 8192, 128256)] == [1, 1, 1, 2, 31]
+    assert [count(N, 128256, 1) for N in (0, 1, 9, 10, 132, 263, 264, 4096)] == [1, 31, 30, 27, 2, 2, 1, 1]
+    assert [count(16, 128256, Q) for Q in (0, 1, 4, 5, 8, 64, 68)] == [17, 17, 17, 9, 9, 2, 1]  # four queries together
+    assert module.cross_entropy_delta_splits(132, 3, 9000, 1) == (2, 3 * 2 * 40)  # a part: 4 doubles and 2 floats
+    assert module.cross_entropy_delta_splits(132, 3, 9000, 6) == (2, 3 * 2 * 2 * 104)  # of four queries 10 and 5
+    assert [count(16, 128256, 1, multiprocessors) for multiprocessors in (1, 8, 16, 108)] == [1, 1, 2, 14]
 
 
 def test_cross_entropy_delta_of_rows_without_target(lanes):

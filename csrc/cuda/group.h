@@ -30,6 +30,7 @@ struct Lanes {
     }
     __device__ int rank() const { return threadIdx.x % WIDTH; }
     __device__ static constexpr int size() { return WIDTH; }
+    __device__ void sync() const { __syncwarp(mask()); }
 
     template <class T>
     __device__ T sum(T x) const {
