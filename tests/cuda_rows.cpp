@@ -64,6 +64,7 @@ struct Team {
     float max(float x) const {
         return static_cast<float>(joined(x, [](double a, double b) { return std::fmax(a, b); }));
     }
+    bool any(bool x) const { return sum(x) > 0; }
     int before(int x, int& total) const {
         room[lane] = x;
         sync();
@@ -138,9 +139,15 @@ void merge(const TopKMerge& op, const Place& place) {
     constexpr int MOST_ROOM = 2 * 32 * GLANCE;  // small, so that it fills
     std::vector<T> found(MOST_ROOM);
     std::vector<int64_t> found_at(MOST_ROOM);
+    T* room = found.data();
+    int64_t* room_at = found_at.data();
     run(place, [&](const auto& group) {
         constexpr int ROOM = 2 * GLANCE * std::decay_t<decltype(group)>::size();
-        for (int64_t q = 0; q < op.Q; ++q) merge_query<T, ROOM>(op, group, q, found.data(), found_at.data());
+        for (int64_t q = 0; q < op.Q; ++q) {
+            for (int64_t part = 0; part < op.splits; ++part)
+                merge_scores<T, ROOM>(op, group, q, Part::of(part, op.splits), room, room_at);
+            if (op.splits > 1) merge_parts<T, ROOM>(op, group, q, room, room_at);
+        }
     });
 }
 

@@ -1,4 +1,4 @@
-"""nvcc takes every kernel for each architecture we build for: no spills, no stack, 16-byte loads where they are meant."""
+"""nvcc takes every kernel for each architecture we build for: no spills, no stack, 16-byte loads where meant."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def meant(kernel: str, queries: int, words: list[int]) -> dict[str, int]:
     """How many 16-byte accesses a kernel's code should have at the least, by the words of its types."""
     if kernel.startswith("cross_entropy_delta"):
         z, d = words
-        # A round is asked for before the first, ahead of the next, and at the ends of a row; a large change reads again.
+        # Loads before the first round, ahead of the next one, and at the ends of a row; a large change reads again.
         rounds, again = 3 * (z + queries * d), z + d
         return {"LDG": {"part": rounds, "finish": again}.get(kernel.split("_")[-1], rounds + again)}
     if kernel.startswith("squared_error_delta"):
@@ -53,7 +53,9 @@ def meant(kernel: str, queries: int, words: list[int]) -> dict[str, int]:
         return {"LDG": p + y + 4 * d}
     if kernel == "decode_pixels_kernel":
         return {"LDG": 1, "STG": words[0]}
-    return {"noise_kernel": {"STG": 1}, "segment_sum_kernel": {}, "topk_merge_kernel": {}}[kernel]
+    if kernel == "topk_merge_scores":
+        return {"LDG": 2 * 4}  # as many at a time before the first round, and ahead of the next one
+    return {"noise_kernel": {"STG": 1}, "segment_sum_kernel": {}, "topk_merge_parts": {}}[kernel]
 
 
 def test_16_byte_loads_and_stores_where_they_are_meant(built):

@@ -52,7 +52,8 @@ def lanes(request, module, monkeypatch):
     for op in OPS:
         monkeypatch.setitem(dispatch.TABLE[op], "cuda", replace(dispatch.TABLE[op]["cuda"], devices=("cpu",)))
         monkeypatch.setattr(importlib.import_module(f"finf_fast.ops.{op}"), "place", lambda x: (request.param, 0))
-    monkeypatch.setattr(importlib.import_module("finf_fast.ops.cross_entropy_delta"), "multiprocessors", lambda x: 132)
+    for op in ("cross_entropy_delta", "topk_merge"):
+        monkeypatch.setattr(importlib.import_module(f"finf_fast.ops.{op}"), "multiprocessors", lambda x: 132)
     return request.param
 
 
@@ -89,11 +90,12 @@ def test_cross_entropy_delta_of_any_size(lanes, V, Q):
     check(ops.cross_entropy_delta, make_case(N=3, V=V, Q=Q))
 
 
-@pytest.fixture
-def splits(module, monkeypatch):
-    """What was said of how many blocks should share a row."""
-    said, real = [], module.cross_entropy_delta_splits
-    monkeypatch.setattr(module, "cross_entropy_delta_splits", lambda *sizes: said.append(real(*sizes)) or said[-1])
+@pytest.fixture(params=["cross_entropy_delta"])
+def splits(request, module, monkeypatch):
+    """What was said of how many blocks should share a row, or a query."""
+    said, name = [], f"{request.param}_splits"
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *sizes: said.append(real(*sizes)) or said[-1])
     return said
 
 
@@ -184,6 +186,34 @@ def test_topk_merge(lanes, dtype, K):
     scores = torch.randint(-20, 20, (2, 900)).to(dtype)
     scores[:, ::7], scores[:, 3::50], scores[:, 5::90] = -torch.inf, torch.nan, -0.0
     check_topk(ops.topk_merge, scores, K, cuts=(0, 3, 500))
+
+
+# On 132 multiprocessors two queries are worth many blocks, each of at least 16384 scores.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("splits", ["topk_merge"], indirect=True)
+@pytest.mark.parametrize("K, by", [(1, 0), (70, 1), (300, 3)])
+def test_topk_merge_of_scores_that_blocks_share_has_the_bits_of_the_cpu(lanes, splits, dtype, K, by, monkeypatch):
+    scores = shifted(torch.randint(-20, 20, (2, 50_001)).to(dtype), by)
+    scores[:, ::7], scores[:, 3::50], scores[:, 5::90], scores[0, 40_000:] = -torch.inf, torch.nan, -0.0, torch.nan
+    scores[1, 49_990:] = torch.arange(11) + 100.0  # the best come last
+    lists = (torch.full((2, K), -torch.inf, dtype=dtype), torch.full((2, K), -1))
+    got = ops.topk_merge(*ops.topk_merge(*lists, scores, 70_000), scores[:, :40_000] + 1, 0)
+    assert [count for count, _ in splits] == [3, 2]
+    monkeypatch.setenv("FINF_BACKEND", "cpp")
+    wanted = ops.topk_merge(*ops.topk_merge(*lists, scores, 70_000), scores[:, :40_000] + 1, 0)
+    assert torch.equal(got[1], wanted[1])
+    assert torch.equal(got[0].view(torch.uint8), wanted[0].view(torch.uint8))
+
+
+def test_how_many_blocks_share_a_query(module):
+    def count(Q, K, S, multiprocessors=132):
+        return module.topk_merge_splits(multiprocessors, Q, K, S, 0)[0]
+
+    assert [count(1, 100, S) for S in (0, 1000, 32767, 32768, 1 << 20, 1 << 30)] == [1, 1, 1, 2, 64, 264]
+    assert [count(Q, 100, 1 << 20) for Q in (0, 1, 16, 132, 263, 264)] == [1, 64, 17, 2, 2, 1]
+    assert [count(1, K, 1 << 20) for K in (0, 1, 2048, 4096, 1 << 16, 1 << 20)] == [1, 64, 64, 32, 2, 1]
+    assert module.topk_merge_splits(132, 2, 10, 1 << 16, 0) == (4, 2 * 4 * 10 * 12)
+    assert module.topk_merge_splits(132, 2, 10, 1 << 16, 2) == (4, 2 * 4 * 10 * 16)
 
 
 def test_noise_has_the_bits_of_the_cpu(lanes, monkeypatch):

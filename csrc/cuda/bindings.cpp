@@ -9,7 +9,7 @@
 #include "segment_sum.h"
 #include "squared_error_delta.h"
 #include "tiles/cross_entropy_delta.inl.h"
-#include "topk_merge.h"
+#include "tiles/topk_merge.inl.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -22,6 +22,8 @@ T* memory(uintptr_t address) {
 }
 
 finf::cuda::Place place(int device, uintptr_t stream) { return {device, memory<void>(stream)}; }
+
+std::pair<int64_t, int64_t> both(const finf::cuda::Splits& splits) { return {splits.count, splits.bytes}; }
 
 void cross_entropy_delta(int device, uintptr_t stream, uintptr_t z, int z_dtype, int64_t z_stride, uintptr_t dz,
                          int dz_dtype, int64_t dz_stride_q, int64_t dz_stride_n, uintptr_t target, uintptr_t base,
@@ -36,8 +38,7 @@ void cross_entropy_delta(int device, uintptr_t stream, uintptr_t z, int z_dtype,
 }
 
 std::pair<int64_t, int64_t> cross_entropy_delta_splits(int64_t multiprocessors, int64_t N, int64_t V, int64_t Q) {
-    const finf::cuda::Splits splits = finf::cuda::cross_entropy_delta_splits(multiprocessors, N, V, Q);
-    return {splits.count, splits.bytes};
+    return both(finf::cuda::cross_entropy_delta_splits(multiprocessors, N, V, Q));
 }
 
 void decode_pixels(int device, uintptr_t stream, uintptr_t raw, uintptr_t table, int dtype, uintptr_t out, int64_t M,
@@ -77,11 +78,18 @@ void squared_error_delta(int device, uintptr_t stream, uintptr_t p, int p_dtype,
 }
 
 void topk_merge(int device, uintptr_t stream, uintptr_t values, uintptr_t indices, uintptr_t scores, int scores_dtype,
-                int64_t scores_stride_q, int64_t start, int64_t Q, int64_t K, int64_t S) {
-    finf::cuda::topk_merge(
-        {memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
-         finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K, S},
-        place(device, stream));
+                int64_t scores_stride_q, int64_t start, int64_t Q, int64_t K, int64_t S, int64_t splits,
+                uintptr_t parts) {
+    finf::cuda::topk_merge({memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
+                            finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K,
+                            S, splits, memory<void>(parts)},
+                           place(device, stream));
+}
+
+std::pair<int64_t, int64_t> topk_merge_splits(int64_t multiprocessors, int64_t Q, int64_t K, int64_t S,
+                                              int scores_dtype) {
+    const finf::DType dtype = finf::require_float_or_double("scores_dtype", scores_dtype);
+    return both(finf::cuda::topk_merge_splits(multiprocessors, Q, K, S, dtype));
 }
 
 }  // namespace
@@ -109,6 +117,8 @@ PYBIND11_MODULE(_cuda, module) {
                "y_stride_n"_a, "base"_a, "delta"_a, "delta_stride_q"_a, "N"_a, "D"_a, "Q"_a,
                "p, y (N,D), dp (Q,N,D) -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
     module.def("topk_merge", topk_merge, unlocked, "device"_a, "stream"_a, "values"_a, "indices"_a, "scores"_a,
-               "scores_dtype"_a, "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a,
+               "scores_dtype"_a, "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a, "splits"_a, "parts"_a,
                "values, indices (Q,K) updated in place with scores (Q,S). dtype: 0 float32, 2 float64.");
+    module.def("topk_merge_splits", topk_merge_splits, "multiprocessors"_a, "Q"_a, "K"_a, "S"_a, "scores_dtype"_a,
+               "How many blocks should share a query, and the bytes of `parts` that they then need.");
 }

@@ -15,11 +15,12 @@ struct Splits {
 // Blocks to a multiprocessor below which pieces are shared: with two it has loads under way while one block joins sums.
 constexpr int64_t BLOCKS_WANTED = 2;
 
-// `most`: into how many parts a piece may go and each still be worth a block.
-inline int64_t splits_of(int64_t pieces, int64_t most, int64_t multiprocessors) {
+// `most`: into how many parts a piece may go and each still be worth a block; `bytes`: what one leaves.
+inline Splits splits_of(int64_t pieces, int64_t most, int64_t multiprocessors, int64_t bytes) {
     const int64_t wanted = BLOCKS_WANTED * multiprocessors;
-    if (pieces < 1 || pieces >= wanted) return 1;
-    return std::clamp<int64_t>((wanted + pieces - 1) / pieces, 1, std::max<int64_t>(most, 1));
+    if (pieces < 1 || pieces >= wanted || most < 2) return {1, 0};
+    const int64_t count = std::min((wanted + pieces - 1) / pieces, most);
+    return {count, pieces * count * bytes};
 }
 
 }  // namespace finf::cuda

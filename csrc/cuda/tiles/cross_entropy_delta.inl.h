@@ -89,21 +89,13 @@ FINF_ROW float gaps_of(const float (&x)[COLUMNS], float anchor, int v, int V) {
 // What z_t or d_t is measured from where all columns are summed: itself, unless it is infinite.
 FINF_ROW float anchor_of(float at_target) { return fabsf(at_target) <= FLT_MAX ? at_target : 0.0f; }
 
-// Part `rank` of the `size` that a row is in. Their groups take turns at its columns.
-struct Part {
-    int rank, size;
-
-    FINF_ROW static Part of(int64_t i, int64_t size) { return {static_cast<int>(i % size), static_cast<int>(size)}; }
-};
-
 // Rounds that a part of a row should have: with one, nothing would be asked for while another is computed.
 constexpr int64_t LEAST_ROUNDS = 2;
 
 template <int QUERIES>
 Splits cross_entropy_delta_splits_of(int64_t multiprocessors, int64_t N, int64_t V, int64_t Q) {
     const int64_t pieces = N * tiles_of<QUERIES>(Q), most = V / (LEAST_ROUNDS * ROW_THREADS * COLUMNS);
-    const int64_t count = splits_of(pieces, most, multiprocessors);
-    return {count, count > 1 ? pieces * count * static_cast<int64_t>(sizeof(PartSums<QUERIES>)) : 0};
+    return splits_of(pieces, most, multiprocessors, sizeof(PartSums<QUERIES>));
 }
 
 inline Splits cross_entropy_delta_splits(int64_t multiprocessors, int64_t N, int64_t V, int64_t Q) {
