@@ -72,14 +72,14 @@ def _look_into(done) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name)
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     warps = done.metadata.num_warps
     return Compiled(found["REG"], found["STACK"], done.metadata.shared, 32 * warps, done.asm["ptx"], sass)
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     """Output of one of the CUDA tools inside Triton's wheel."""
     import triton
 

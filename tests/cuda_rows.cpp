@@ -64,6 +64,7 @@ struct Team {
     float max(float x) const {
         return static_cast<float>(joined(x, [](double a, double b) { return std::fmax(a, b); }));
     }
+    bool any(bool x) const { return sum(x) > 0; }
     int before(int x, int& total) const {
         room[lane] = x;
         sync();
@@ -96,10 +97,8 @@ void run(const Place& place, const Work& work) {
     reject("device", "1, 8 or 32 lanes", place.device);
 }
 
-// Queries that go together, fewer than the tests have.
-constexpr int QUERIES = 2;
-
-template <class Row>
+// Work on row n and the queries from `first` on, QUERIES of them.
+template <int QUERIES, class Row>
 void rows(const Place& place, int64_t N, int64_t Q, const Row& row) {
     run(place, [&](const auto& group) {
         for (int64_t n = 0; n < N; ++n)
@@ -107,16 +106,32 @@ void rows(const Place& place, int64_t N, int64_t Q, const Row& row) {
     });
 }
 
+template <int QUERIES, class Z, class D>
+void score(const CrossEntropyDelta& op, const Place& place) {
+    PartSums<QUERIES> sums;
+    if (op.splits == 1)
+        return rows<QUERIES>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+            score_row<QUERIES, Z, D>(op, group, n, first, sums);
+        });
+    for (int64_t part = 0; part < op.splits; ++part)
+        rows<QUERIES>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+            sum_part<QUERIES, Z, D>(op, group, n, first, Part::of(part, op.splits));
+        });
+    rows<QUERIES>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+        finish_row<QUERIES, Z, D>(op, group, n, first, sums);
+    });
+}
+
 template <class Z, class D>
 void score(const CrossEntropyDelta& op, const Place& place) {
-    rows(place, op.N, op.Q,
-         [&](const auto& group, int64_t n, int64_t first) { score_row<QUERIES, Z, D>(op, group, n, first); });
+    op.Q > 1 ? score<TOGETHER, Z, D>(op, place) : score<1, Z, D>(op, place);
 }
 
 template <class P, class Y, class T>
 void square(const SquaredErrorDelta& op, const Place& place) {
-    rows(place, op.N, op.Q,
-         [&](const auto& group, int64_t n, int64_t first) { square_row<QUERIES, P, Y, T>(op, group, n, first); });
+    rows<TOGETHER>(place, op.N, op.Q, [&](const auto& group, int64_t n, int64_t first) {
+        square_row<TOGETHER, P, Y, T>(op, group, n, first);
+    });
 }
 
 template <class T>
@@ -124,9 +139,15 @@ void merge(const TopKMerge& op, const Place& place) {
     constexpr int MOST_ROOM = 2 * 32 * GLANCE;  // small, so that it fills
     std::vector<T> found(MOST_ROOM);
     std::vector<int64_t> found_at(MOST_ROOM);
+    T* room = found.data();
+    int64_t* room_at = found_at.data();
     run(place, [&](const auto& group) {
         constexpr int ROOM = 2 * GLANCE * std::decay_t<decltype(group)>::size();
-        for (int64_t q = 0; q < op.Q; ++q) merge_query<T, ROOM>(op, group, q, found.data(), found_at.data());
+        for (int64_t q = 0; q < op.Q; ++q) {
+            for (int64_t part = 0; part < op.splits; ++part)
+                merge_scores<T, ROOM>(op, group, q, Part::of(part, op.splits), room, room_at);
+            if (op.splits > 1) merge_parts<T, ROOM>(op, group, q, room, room_at);
+        }
     });
 }
 

@@ -52,6 +52,8 @@ def lanes(request, module, monkeypatch):
     for op in OPS:
         monkeypatch.setitem(dispatch.TABLE[op], "cuda", replace(dispatch.TABLE[op]["cuda"], devices=("cpu",)))
         monkeypatch.setattr(importlib.import_module(f"finf_fast.ops.{op}"), "place", lambda x: (request.param, 0))
+    for op in ("cross_entropy_delta", "topk_merge"):
+        monkeypatch.setattr(importlib.import_module(f"finf_fast.ops.{op}"), "multiprocessors", lambda x: 132)
     return request.param
 
 
@@ -83,9 +85,61 @@ def test_cross_entropy_delta_of_different_dtypes_and_any_address(lanes, dtype, c
 
 
 @pytest.mark.parametrize("V", [1, 2, 8, 9, 300])
-@pytest.mark.parametrize("Q", [0, 1, 3])
+@pytest.mark.parametrize("Q", [0, 1, 3, 6])
 def test_cross_entropy_delta_of_any_size(lanes, V, Q):
     check(ops.cross_entropy_delta, make_case(N=3, V=V, Q=Q))
+
+
+@pytest.fixture(params=["cross_entropy_delta"])
+def splits(request, module, monkeypatch):
+    """What was said of how many blocks should share a row, or a query."""
+    said, name = [], f"{request.param}_splits"
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *sizes: said.append(real(*sizes)) or said[-1])
+    return said
+
+
+# On 132 multiprocessors two rows are worth many blocks, each of at least 4096 columns.
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("V, Q", [(8192, 1), (12291, 6), (40001, 3)])
+def test_cross_entropy_delta_of_rows_that_blocks_share(lanes, splits, dtype, V, Q):
+    check(ops.cross_entropy_delta, make_case(N=2, V=V, Q=Q, step=1e-3, lead=12, dtype=dtype, label_smoothing=0.1))
+    assert [count for count, _ in splits] == [V // 4096]
+
+
+def test_cross_entropy_delta_of_shared_rows_that_are_moved_far_masked_or_ignored(lanes, splits):
+    case = shifted_target(make_case(N=4, V=9000, Q=2, step=1e-4), 60)
+    case.z[0, :8999], case.target[0] = -torch.inf, 8999  # a part without any chance
+    case.dz[1, 1, 5] += 50
+    case.target[3] = -100
+    check(ops.cross_entropy_delta, case)
+    assert splits[0][0] == 2
+
+
+def test_cross_entropy_delta_of_shared_rows_keeps_nan_and_gives_the_same_bits_again(lanes, splits):
+    case = make_case(N=3, V=9000, Q=2)
+    case.z[1, 8000], case.dz[1, 2, 30] = torch.nan, torch.nan
+    base, delta = ops.cross_entropy_delta(case.z, case.dz, case.target)
+    assert base.isnan().tolist() == [False, True, False]
+    assert delta.isnan().tolist() == [[False, True, False], [False, True, True]]
+    again = ops.cross_entropy_delta(case.z, case.dz, case.target)
+    assert torch.equal(base.nan_to_num(), again[0].nan_to_num())
+    assert torch.equal(delta.nan_to_num(), again[1].nan_to_num())
+    assert splits == 2 * [splits[0]] and splits[0][0] == 2
+
+
+def test_how_many_blocks_share_a_row(module):
+    def count(N, V, Q, multiprocessors=132):
+        blocks, size = module.cross_entropy_delta_splits(multiprocessors, N, V, Q)
+        assert (size > 0) == (blocks > 1)
+        return blocks
+
+    assert [count(1, V, 1) for V in (1, 2048, 8191, 8192, 128256)] == [1, 1, 1, 2, 31]
+    assert [count(N, 128256, 1) for N in (0, 1, 9, 10, 132, 263, 264, 4096)] == [1, 31, 30, 27, 2, 2, 1, 1]
+    assert [count(16, 128256, Q) for Q in (0, 1, 4, 5, 8, 64, 68)] == [17, 17, 17, 9, 9, 2, 1]  # four queries together
+    assert module.cross_entropy_delta_splits(132, 3, 9000, 1) == (2, 3 * 2 * 40)  # a part: 4 doubles and 2 floats
+    assert module.cross_entropy_delta_splits(132, 3, 9000, 6) == (2, 3 * 2 * 2 * 104)  # of four queries 10 and 5
+    assert [count(16, 128256, 1, multiprocessors) for multiprocessors in (1, 8, 16, 108)] == [1, 1, 2, 14]
 
 
 def test_cross_entropy_delta_of_rows_without_target(lanes):
@@ -132,6 +186,34 @@ def test_topk_merge(lanes, dtype, K):
     scores = torch.randint(-20, 20, (2, 900)).to(dtype)
     scores[:, ::7], scores[:, 3::50], scores[:, 5::90] = -torch.inf, torch.nan, -0.0
     check_topk(ops.topk_merge, scores, K, cuts=(0, 3, 500))
+
+
+# On 132 multiprocessors two queries are worth many blocks, each of at least 16384 scores.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("splits", ["topk_merge"], indirect=True)
+@pytest.mark.parametrize("K, by", [(1, 0), (70, 1), (300, 3)])
+def test_topk_merge_of_scores_that_blocks_share_has_the_bits_of_the_cpu(lanes, splits, dtype, K, by, monkeypatch):
+    scores = shifted(torch.randint(-20, 20, (2, 50_001)).to(dtype), by)
+    scores[:, ::7], scores[:, 3::50], scores[:, 5::90], scores[0, 40_000:] = -torch.inf, torch.nan, -0.0, torch.nan
+    scores[1, 49_990:] = torch.arange(11) + 100.0  # the best come last
+    lists = (torch.full((2, K), -torch.inf, dtype=dtype), torch.full((2, K), -1))
+    got = ops.topk_merge(*ops.topk_merge(*lists, scores, 70_000), scores[:, :40_000] + 1, 0)
+    assert [count for count, _ in splits] == [3, 2]
+    monkeypatch.setenv("FINF_BACKEND", "cpp")
+    wanted = ops.topk_merge(*ops.topk_merge(*lists, scores, 70_000), scores[:, :40_000] + 1, 0)
+    assert torch.equal(got[1], wanted[1])
+    assert torch.equal(got[0].view(torch.uint8), wanted[0].view(torch.uint8))
+
+
+def test_how_many_blocks_share_a_query(module):
+    def count(Q, K, S, multiprocessors=132):
+        return module.topk_merge_splits(multiprocessors, Q, K, S, 0)[0]
+
+    assert [count(1, 100, S) for S in (0, 1000, 32767, 32768, 1 << 20, 1 << 30)] == [1, 1, 1, 2, 64, 264]
+    assert [count(Q, 100, 1 << 20) for Q in (0, 1, 16, 132, 263, 264)] == [1, 64, 17, 2, 2, 1]
+    assert [count(1, K, 1 << 20) for K in (0, 1, 2048, 4096, 1 << 16, 1 << 20)] == [1, 64, 64, 32, 2, 1]
+    assert module.topk_merge_splits(132, 2, 10, 1 << 16, 0) == (4, 2 * 4 * 10 * 12)
+    assert module.topk_merge_splits(132, 2, 10, 1 << 16, 2) == (4, 2 * 4 * 10 * 16)
 
 
 def test_noise_has_the_bits_of_the_cpu(lanes, monkeypatch):

@@ -8,7 +8,8 @@
 #include "noise.h"
 #include "segment_sum.h"
 #include "squared_error_delta.h"
-#include "topk_merge.h"
+#include "tiles/cross_entropy_delta.inl.h"
+#include "tiles/topk_merge.inl.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -22,15 +23,22 @@ T* memory(uintptr_t address) {
 
 finf::cuda::Place place(int device, uintptr_t stream) { return {device, memory<void>(stream)}; }
 
+std::pair<int64_t, int64_t> both(const finf::cuda::Splits& splits) { return {splits.count, splits.bytes}; }
+
 void cross_entropy_delta(int device, uintptr_t stream, uintptr_t z, int z_dtype, int64_t z_stride, uintptr_t dz,
                          int dz_dtype, int64_t dz_stride_q, int64_t dz_stride_n, uintptr_t target, uintptr_t base,
                          uintptr_t delta, int64_t delta_stride_q, int64_t N, int64_t V, int64_t Q, int64_t ignore_index,
-                         double label_smoothing) {
+                         double label_smoothing, int64_t splits, uintptr_t parts) {
     finf::cuda::cross_entropy_delta(
         {memory<void>(z), finf::require_float_or_bf16("z_dtype", z_dtype), z_stride, memory<void>(dz),
          finf::require_float_or_bf16("dz_dtype", dz_dtype), dz_stride_q, dz_stride_n, memory<int64_t>(target),
-         memory<float>(base), memory<float>(delta), delta_stride_q, N, V, Q, ignore_index, label_smoothing},
+         memory<float>(base), memory<float>(delta), delta_stride_q, N, V, Q, ignore_index, label_smoothing, splits,
+         memory<void>(parts)},
         place(device, stream));
+}
+
+std::pair<int64_t, int64_t> cross_entropy_delta_splits(int64_t multiprocessors, int64_t N, int64_t V, int64_t Q) {
+    return both(finf::cuda::cross_entropy_delta_splits(multiprocessors, N, V, Q));
 }
 
 void decode_pixels(int device, uintptr_t stream, uintptr_t raw, uintptr_t table, int dtype, uintptr_t out, int64_t M,
@@ -70,11 +78,18 @@ void squared_error_delta(int device, uintptr_t stream, uintptr_t p, int p_dtype,
 }
 
 void topk_merge(int device, uintptr_t stream, uintptr_t values, uintptr_t indices, uintptr_t scores, int scores_dtype,
-                int64_t scores_stride_q, int64_t start, int64_t Q, int64_t K, int64_t S) {
-    finf::cuda::topk_merge(
-        {memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
-         finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K, S},
-        place(device, stream));
+                int64_t scores_stride_q, int64_t start, int64_t Q, int64_t K, int64_t S, int64_t splits,
+                uintptr_t parts) {
+    finf::cuda::topk_merge({memory<void>(values), memory<int64_t>(indices), memory<void>(scores),
+                            finf::require_float_or_double("scores_dtype", scores_dtype), scores_stride_q, start, Q, K,
+                            S, splits, memory<void>(parts)},
+                           place(device, stream));
+}
+
+std::pair<int64_t, int64_t> topk_merge_splits(int64_t multiprocessors, int64_t Q, int64_t K, int64_t S,
+                                              int scores_dtype) {
+    const finf::DType dtype = finf::require_float_or_double("scores_dtype", scores_dtype);
+    return both(finf::cuda::topk_merge_splits(multiprocessors, Q, K, S, dtype));
 }
 
 }  // namespace
@@ -86,8 +101,10 @@ PYBIND11_MODULE(_cuda, module) {
 
     module.def("cross_entropy_delta", cross_entropy_delta, unlocked, "device"_a, "stream"_a, "z"_a, "z_dtype"_a,
                "z_stride"_a, "dz"_a, "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a,
-               "delta_stride_q"_a, "N"_a, "V"_a, "Q"_a, "ignore_index"_a, "label_smoothing"_a,
+               "delta_stride_q"_a, "N"_a, "V"_a, "Q"_a, "ignore_index"_a, "label_smoothing"_a, "splits"_a, "parts"_a,
                "z (N,V), dz (Q,N,V), target (N) int64 -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
+    module.def("cross_entropy_delta_splits", cross_entropy_delta_splits, "multiprocessors"_a, "N"_a, "V"_a, "Q"_a,
+               "How many blocks should share a row, and the bytes of `parts` that they then need.");
     module.def("decode_pixels", decode_pixels, unlocked, "device"_a, "stream"_a, "raw"_a, "table"_a, "dtype"_a, "out"_a,
                "M"_a, "C"_a, "run"_a, "raw (M) uint8, table (C,256) -> out (M). dtype: 0 float32, 1 bfloat16.");
     module.def("noise", noise, unlocked, "device"_a, "stream"_a, "seed"_a, "samples"_a, "draw"_a, "out"_a, "S"_a, "M"_a,
@@ -100,6 +117,8 @@ PYBIND11_MODULE(_cuda, module) {
                "y_stride_n"_a, "base"_a, "delta"_a, "delta_stride_q"_a, "N"_a, "D"_a, "Q"_a,
                "p, y (N,D), dp (Q,N,D) -> base (N), delta (Q,N) float32. dtype: 0 float32, 1 bfloat16.");
     module.def("topk_merge", topk_merge, unlocked, "device"_a, "stream"_a, "values"_a, "indices"_a, "scores"_a,
-               "scores_dtype"_a, "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a,
+               "scores_dtype"_a, "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a, "splits"_a, "parts"_a,
                "values, indices (Q,K) updated in place with scores (Q,S). dtype: 0 float32, 2 float64.");
+    module.def("topk_merge_splits", topk_merge_splits, "multiprocessors"_a, "Q"_a, "K"_a, "S"_a, "scores_dtype"_a,
+               "How many blocks should share a query, and the bytes of `parts` that they then need.");
 }

@@ -23,6 +23,8 @@ struct CrossEntropyDelta {
     int64_t N, V, Q;
     int64_t ignore_index;
     double label_smoothing;
+    int64_t splits;  // blocks that share a row, and where they leave their sums: cross_entropy_delta_splits
+    void* parts;     // aligned for double
 };
 
 // Throws std::invalid_argument for sizes and settings, std::runtime_error if the launch failed. A target out of range

@@ -1,6 +1,7 @@
 // Lanes that work on one row together. A loop is written once over a Group, which has
 //     rank(), size()          this lane, and how many there are
 //     sum(x), max(x)          over all lanes, in one fixed order; every lane gets the same bits
+//     any(x)                  whether x holds for a lane
 //     before(x, total)        sum over the lanes of lower rank, and over all
 //     sync()                  what lanes wrote so far is seen by all of them
 // A group is some lanes of a warp or a whole block; the tests have one of ordinary threads.
@@ -19,6 +20,17 @@
 #define FINF_UNROLL
 #endif
 
+namespace finf::cuda {
+
+// Part `rank` of the `size` that a row is in. Their groups take turns at it.
+struct Part {
+    int rank, size;
+
+    FINF_ROW static Part of(int64_t i, int64_t size) { return {static_cast<int>(i % size), static_cast<int>(size)}; }
+};
+
+}  // namespace finf::cuda
+
 #if defined(__CUDACC__)
 namespace finf::cuda {
 
@@ -30,6 +42,7 @@ struct Lanes {
     }
     __device__ int rank() const { return threadIdx.x % WIDTH; }
     __device__ static constexpr int size() { return WIDTH; }
+    __device__ void sync() const { __syncwarp(mask()); }
 
     template <class T>
     __device__ T sum(T x) const {
@@ -72,6 +85,7 @@ struct Block {
         __syncthreads();
         return top;
     }
+    __device__ bool any(bool x) const { return __syncthreads_or(x); }
     __device__ int before(int x, int& total) const {
         int up_to = x;
         for (int step = 1; step < 32; step *= 2) {

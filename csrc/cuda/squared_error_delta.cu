@@ -6,40 +6,35 @@
 namespace finf::cuda {
 namespace {
 
-// Threads of a block; a wide row's group is the block, a narrow one's a warp.
-constexpr int THREADS = 256;
-// Rows no wider than this go to a warp each: eight rounds of it.
-constexpr int64_t NARROW = 8 * 32 * COLUMNS;
-// Queries that share one pass over p and y; further ones find them in the second-level cache.
-constexpr int TOGETHER = 4;
 // Blocks that a multiprocessor should hold: 64 registers a thread at the most, and 32 warps with loads under way.
 constexpr int BLOCKS_HELD = 4;
 
 template <class P, class Y, class T>
-__global__ void __launch_bounds__(THREADS, BLOCKS_HELD)
+__global__ void __launch_bounds__(ROW_THREADS, BLOCKS_HELD)
     squared_error_delta_wide(const SquaredErrorDelta op, int64_t tiles) {
-    __shared__ double room[THREADS / 32];
+    __shared__ double room[ROW_THREADS / 32];
     for (int64_t i = blockIdx.x; i < op.N * tiles; i += gridDim.x)
-        square_row<TOGETHER, P, Y, T>(op, Block<THREADS>{room}, i / tiles, i % tiles * TOGETHER);
+        square_row<TOGETHER, P, Y, T>(op, Block<ROW_THREADS>{room}, i / tiles, i % tiles * TOGETHER);
 }
 
 template <class P, class Y, class T>
-__global__ void __launch_bounds__(THREADS, BLOCKS_HELD)
+__global__ void __launch_bounds__(ROW_THREADS, BLOCKS_HELD)
     squared_error_delta_narrow(const SquaredErrorDelta op, int64_t tiles) {
-    const int64_t warp = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32, warps = int64_t{gridDim.x} * THREADS / 32;
+    const int64_t warp = (int64_t{blockIdx.x} * ROW_THREADS + threadIdx.x) / 32,
+                  warps = int64_t{gridDim.x} * ROW_THREADS / 32;
     for (int64_t i = warp; i < op.N * tiles; i += warps)
         square_row<TOGETHER, P, Y, T>(op, Lanes<32>(), i / tiles, i % tiles * TOGETHER);
 }
 
 template <class P, class Y, class T>
 void start(const SquaredErrorDelta& op, const Place& place) {
-    const int64_t tiles = op.Q > 0 ? (op.Q + TOGETHER - 1) / TOGETHER : 1;  // without a query there is still the base
+    const int64_t tiles = tiles_of<TOGETHER>(op.Q);
     if (op.D > NARROW) {
-        launch("squared_error_delta", place, squared_error_delta_wide<P, Y, T>, blocks_for(op.N * tiles, 1), THREADS,
-               op, tiles);
+        launch("squared_error_delta", place, squared_error_delta_wide<P, Y, T>, blocks_for(op.N * tiles, 1),
+               ROW_THREADS, op, tiles);
     } else {
         launch("squared_error_delta", place, squared_error_delta_narrow<P, Y, T>,
-               blocks_for(op.N * tiles, THREADS / 32), THREADS, op, tiles);
+               blocks_for(op.N * tiles, ROW_THREADS / 32), ROW_THREADS, op, tiles);
     }
 }
 

@@ -17,6 +17,8 @@ struct TopKMerge {
     int64_t scores_stride_q;
     int64_t start;  // index of the first new score
     int64_t Q, K, S;
+    int64_t splits;  // blocks that share a query, and where they leave their lists: topk_merge_splits
+    void* parts;     // aligned for int64
 };
 
 // Order: larger score first, then smaller index; empty places (-inf, index -1) last. NaN scores are left out.

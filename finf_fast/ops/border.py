@@ -96,5 +96,10 @@ def place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Of the device that a CUDA kernel on `x` runs on."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from finf_fast.ops.border import (
     check_rows,
     check_same_device,
     check_shape,
+    multiprocessors,
     place,
     result_dtype,
     rows,
@@ -142,13 +143,16 @@ def _run_cpp(z, dz, target, base, delta, ignore_index, label_smoothing):
 
 def _run_cuda(z, dz, target, base, delta, ignore_index, label_smoothing):
     Q, N, V = dz.shape
-    dispatch.compiled_cuda().cross_entropy_delta(
+    kernels = dispatch.compiled_cuda()
+    splits, size = kernels.cross_entropy_delta_splits(multiprocessors(z), N, V, Q)
+    parts = z.new_empty(size, dtype=torch.uint8)
+    kernels.cross_entropy_delta(
         *place(z),
         *(z.data_ptr(), CODES[z.dtype], z.stride(0)),
         *(dz.data_ptr(), CODES[dz.dtype], dz.stride(0), dz.stride(1)),
         target.data_ptr(),
         *(base.data_ptr(), delta.data_ptr(), delta.stride(0)),
-        *(N, V, Q, ignore_index, label_smoothing),
+        *(N, V, Q, ignore_index, label_smoothing, splits, parts.data_ptr()),
     )
 
 

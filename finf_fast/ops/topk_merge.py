@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finf_fast import reference
 from finf_fast.ops import dispatch
-from finf_fast.ops.border import CODES, check_dtype, check_same_device, check_shape, place, rows
+from finf_fast.ops.border import CODES, check_dtype, check_same_device, check_shape, multiprocessors, place, rows
 from finf_fast.ops.register import register
 
 __all__ = ["topk_merge", "topk_merge_"]
@@ -95,11 +95,14 @@ def _run_cpp(values, indices, scores, start):
 
 def _run_cuda(values, indices, scores, start):
     (Q, S), K = scores.shape, values.shape[1]
-    dispatch.compiled_cuda().topk_merge(
+    kernels = dispatch.compiled_cuda()
+    splits, size = kernels.topk_merge_splits(multiprocessors(scores), Q, K, S, CODES[scores.dtype])
+    parts = scores.new_empty(size, dtype=torch.uint8)
+    kernels.topk_merge(
         *place(scores),
         *(values.data_ptr(), indices.data_ptr()),
         *(scores.data_ptr(), CODES[scores.dtype], scores.stride(0)),
-        *(start, Q, K, S),
+        *(start, Q, K, S, splits, parts.data_ptr()),
     )
 
 
