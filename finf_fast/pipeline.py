@@ -65,7 +65,8 @@ def sweep(
         device: where to compute; the model's own by default.
         dtype: of the forwards: torch.bfloat16 (not by pairs), float32 or float64; by default the model's own, half
             precision becoming float32 where the net has kinks (ReLU, max-pooling, routing) or runs by pairs.
-        out: result folder; an interrupted run of the same sweep is resumed from it. None keeps scores in memory.
+        out: result folder; an interrupted run of the same sweep is resumed from it, cut and scored as it began however
+            much memory is free by then. None keeps scores in memory.
         engine: ``"delta"`` carries (value, exact change) through one forward for all queries; ``"pair"`` runs 1 + Q
             plain forwards and subtracts; ``"auto"`` is delta wherever it applies; ``scores.plan`` says which and why.
             ``"dot"`` gives the change to first order only, gradient of the loss times change of the weights, by one

@@ -90,8 +90,9 @@ def test_record_of_the_real_run_survives_an_empty_one(tmp_path):
     assert finished(tmp_path / "r", record={"seconds": 0}).record == {"seconds": 9}
 
 
-def test_counts_stand_with_the_blocks_that_are_done(tmp_path, monkeypatch):
-    """A crash between the note and the flag that it belongs to takes both back."""
+@pytest.mark.parametrize("step", ["save_manifest", "flag"])
+def test_counts_stand_with_the_blocks_that_are_done(tmp_path, monkeypatch, step):
+    """An end before the note, or between it and the flag that it belongs to, takes both back."""
     monkeypatch.setattr(store, "SYNC_EVERY", 0.0)
     base, delta = numbers()
 
@@ -106,7 +107,7 @@ def test_counts_stand_with_the_blocks_that_are_done(tmp_path, monkeypatch):
         assert writer.counted == {}
         write(writer, 0, 1)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(folder.Folder, "flag", stop)
+            patch.setattr(folder.Folder, step, stop)
             write(writer, 1, 2)
     with start(tmp_path / "r") as writer:
         assert (writer.missing(), writer.counted) == ([1, 2, 3, 4, 5, 6], {"count": 1})

@@ -238,8 +238,12 @@ class Store:
             self._target.sync()
             try:
                 self._note(max(pending))
-            finally:  # a disk too full for a new manifest has room for the flags, and rows are worth more than counts
+            except (
+                OSError
+            ):  # a disk too full for a new manifest has room for flags, and rows are worth more than counts
                 self._target.flag(pending)
+                raise
+            self._target.flag(pending)
         self._next_sync = time.monotonic() + SYNC_EVERY
 
     def _note(self, last: int) -> None:
