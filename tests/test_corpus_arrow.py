@@ -167,6 +167,7 @@ def test_folders_that_are_no_dataset(tmp_path):
         ({"input_ids": [[1], None]}, {}, "wanted a value in every row of 'input_ids', got nulls in .*, byte"),
         ({"input_ids": [[1, None]]}, {}, "got nulls in"),
         ({"input_ids": [[[1]]]}, {}, "got 'input_ids' of list<"),
+        ({"a": pa.array([[], []], pa.list_(pa.int8(), 0))}, {"columns": ["a"]}, "got 'a' of fixed_size_list<"),
         ({"input_ids": pa.array([], pa.list_(pa.int32()))}, {}, "empty corpus"),
         ({"a": pa.array(["x"]).dictionary_encode(), "input_ids": [[1]]}, {}, "got a dictionary"),
     ],
@@ -208,6 +209,25 @@ def test_lists_that_run_out_of_their_batch(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(DamagedFile, match=r"byte \d+: wanted a list of 'input_ids' inside 5 items, got \["):
             open_corpus(path).read(0, 3)
+
+
+@pytest.mark.parametrize(("row", "edge"), [(0, 3), (1, 4), (2, 7), (3, 2), (3, 9), (4, 2), (5, 20), (6, 5)])
+def test_lists_beside_an_edge_out_of_order(tmp_path, row, edge):
+    """Each list, read alone, is what it was or is refused."""
+    lists = [[1, 2], [3], [], [4, 5, 6], [7, 8], [9]]
+    path = stream(tmp_path / "rows.arrow", {"input_ids": lists}, 6)
+    edges = [0, 2, 3, 3, 6, 8, 9]
+    content, damaged = path.read_bytes(), [*edges[:row], edge, *edges[row + 1 :]]
+    assert content.count(struct.pack("<7i", *edges)) == 1
+    path.write_bytes(content.replace(struct.pack("<7i", *edges), struct.pack("<7i", *damaged)))
+    corpus, found = open_corpus(path), []
+    for k, true in enumerate(lists):
+        try:
+            found.append(corpus[k]["input_ids"].tolist() == true)
+        except DamagedFile as error:
+            assert str(path) in str(error) and ", byte " in str(error)
+            found.append(None)
+    assert False not in found and found[max(0, row - 1)] is found[min(row, 5)] is None
 
 
 def test_an_index_beyond_the_rows(tmp_path):

@@ -278,17 +278,24 @@ ENDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A corpus, and the folder of a sweep over it that nothing stopped."""
+    folder = tmp_path_factory.mktemp("swept")
+    tokens(folder / "x.bin", 3200)
+    run_python(SWEEP, folder / "x.bin", folder / "whole")
+    return folder / "x.bin", folder / "whole"
+
+
 @pytest.mark.parametrize(("limit", "words"), [(end[0], end[1:]) for end in ENDS.values()], ids=ENDS)
-def test_a_sweep_over_a_failing_disk_keeps_what_it_has_and_resumes(tmp_path, faulty_disk, limit, words):
-    tokens(tmp_path / "x.bin", 3200)
-    run_python(SWEEP, tmp_path / "x.bin", tmp_path / "whole")
-    kind, at = ("eio", "x.bin") if words[0] == "DamagedFile" else ("full", "part")
-    failing = {"library": faulty_disk, "kind": kind, "at": tmp_path / at, "from": limit}
-    done = run_python(SWEEP, tmp_path / "x.bin", tmp_path / "part", **failing)
+def test_a_sweep_over_a_failing_disk_keeps_what_it_has_and_resumes(tmp_path, swept, faulty_disk, limit, words):
+    (corpus, whole), part = swept, tmp_path / "part"
+    kind, at = ("eio", corpus) if words[0] == "DamagedFile" else ("full", part)
+    done = run_python(SWEEP, corpus, part, library=faulty_disk, kind=kind, at=at, **{"from": limit})
     assert all(word in done.stdout for word in words), done.stdout + done.stderr
-    flags = sum((tmp_path / "part" / "done").read_bytes())
+    flags = sum((part / "done").read_bytes())
     assert 0 < flags < 50
-    done = run_python(SWEEP, tmp_path / "x.bin", tmp_path / "part")
+    done = run_python(SWEEP, corpus, part)
     assert done.stdout == "", done.stdout
     for name in ("base.npy", "delta.npy", "done"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (part / name).read_bytes() == (whole / name).read_bytes()

@@ -109,16 +109,31 @@ class ArrowCorpus(Corpus):
         if not column.is_ragged:
             size = column.size if self.max_length is None else min(column.size, self.max_length)
             return column.values[batches] + rows * column.size, np.full(len(rows), size)
-        edges = integers(self._items(column.edges), column.offsets[batches] + rows, 2).numpy()
-        wrong = (edges[:, 0] < 0) | (edges[:, 1] < edges[:, 0]) | (edges[:, 1] > column.counts[batches])
+        edges, most = self._edges(column, batches, rows), column.counts[batches]
+        wrong = (edges[:, 1:] < edges[:, :-1]).any(1) | (edges[:, 0] < 0) | (edges[:, 3] > most)
         if wrong.any():
             at = int(np.flatnonzero(wrong)[0])
             byte = int(column.offsets[batches[at]] + rows[at]) * column.edges.itemsize
-            wanted = f"a list of {column.name!r} inside {column.counts[batches[at]]} items"
-            raise DamagedFile(f"{self._file.name}, byte {byte}: wanted {wanted}, got {edges[at].tolist()}")
-        counts = edges[:, 1] - edges[:, 0]
+            before, *own, after = edges[at].tolist()
+            wanted, got = f"a list of {column.name!r} inside {most[at]} items", f"{own} between {before} and {after}"
+            raise DamagedFile(f"{self._file.name}, byte {byte}: wanted {wanted}, got {got}")
+        counts = edges[:, 2] - edges[:, 1]
         counts = counts if self.max_length is None else np.minimum(counts, self.max_length)
-        return column.values[batches] + edges[:, 0], counts
+        return column.values[batches] + edges[:, 1], counts
+
+    def _edges(self, column: Column, batches: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(R, 4) int64 where the list before each begins, where it does and ends, and where the list after it ends.
+
+        The ones beside it are for the check: lists that overlap are seen from either. Where there is none, its place
+        is that of the batch's first item or of its end.
+        """
+        firsts = np.maximum(rows - 1, 0)
+        there = np.minimum(rows + 2, self._starts[batches + 1] - self._starts[batches]) - firsts + 1
+        edges = integers(self._items(column.edges), column.offsets[batches] + firsts, 4, there).numpy()
+        leading = rows == 0
+        edges[leading, 1:], edges[leading, 0] = edges[leading, :3], 0
+        beyond = np.arange(4) >= (there + leading)[:, None]
+        return np.where(beyond, column.counts[batches][:, None], edges)
 
     def _padded(self, column: Column, firsts: np.ndarray, counts: np.ndarray, longest: int) -> Tensor:
         items, starts = self._items(column.dtype), _stepping(firsts, int(counts[0]))

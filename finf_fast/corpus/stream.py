@@ -235,8 +235,8 @@ def _shape(kind: Any) -> Shape | None:
     lists = types.is_list(kind) or types.is_large_list(kind)
     fixed = types.is_fixed_size_list(kind)
     value = kind.value_type if lists or fixed else kind
-    if not types.is_integer(value) and (lists or not types.is_floating(value)):
-        return None
+    if (not types.is_integer(value) and (lists or not types.is_floating(value))) or (fixed and kind.list_size < 1):
+        return None  # of lists without items a stream may have any number of rows, and hold nothing
     dtype = np.dtype(value.to_pandas_dtype()).newbyteorder("<")
     if lists:
         return dtype, None, False, np.dtype("<i8" if types.is_large_list(kind) else "<i4")
