@@ -204,7 +204,9 @@ class _Head:
     @property
     def descriptors(self) -> bool:
         """Whether the long matrices are read through tensor descriptors, of which an empty one has none."""
-        return self.x.dtype == torch.bfloat16 and has_descriptors(self.architecture) and self.x.shape[1] > 0
+        long = [y for y in (self.x, self.dx, self.W, self.x1, self.dW) if y is not None]
+        short = self.x.dtype == torch.bfloat16
+        return short and has_descriptors(self.architecture) and all(y.numel() for y in long)
 
 
 def choose(settings: Settings, float32: bool, paired: bool, beside: bool, softcap: bool, smoothing: bool) -> Tiles:
