@@ -62,43 +62,47 @@ def linear_cross_entropy_delta(dry: bool) -> Iterator[Work]:
     for D, V in [(16, 40)] if dry else shapes[:2]:
         for form, T, queries in [("input", 8192, Q), ("low rank", 8192, Q), ("dense", 8192, 1), ("input", 1024, 1)]:
             yield _rivals(form, 8 if dry else T, D, V, queries)
+    # Multiply-adds without tensor cores: a tenth of the rows takes as long.
+    D, V = (16, 40) if dry else shapes[0]
+    for form, queries in [("input", 1), ("input", Q), ("low rank", 1)]:
+        yield _rivals(form, 8 if dry else 1024, D, V, queries, torch.float32)
 
 
 def _head(T: int, D: int, V: int, beside: dict[str, Callable], missing: dict[str, str]) -> Work:
-    name, flop, case = f"T={T} D={D} V={V} Q=1 bf16", 4.0 * T * D * V, _case("input", T, D, V, 1)
+    name, flop, case = f"T={T} D={D} V={V} Q=1 bf16", 4.0 * T * D * V, _case("input", T, D, V, 1, BF16)
     return Work(
-        name, lambda: _drawn(T, D, V, 1), ops.linear_cross_entropy_delta, beside, flop, missing=missing, case=case
+        name, lambda: _drawn(T, D, V, 1, BF16), ops.linear_cross_entropy_delta, beside, flop, missing=missing, case=case
     )
 
 
-def _rivals(form: str, T: int, D: int, V: int, queries: int) -> Work:
+def _rivals(form: str, T: int, D: int, V: int, queries: int, dtype: torch.dtype = BF16) -> Work:
     rank, products = 32, {"input": 1 + queries, "low rank": 1 + queries, "dense": 1 + 2 * queries}[form]
 
     def make():
         changes = {"low rank": [(V, rank), (D, rank)], "dense": [(V, D)]}.get(form, [])
-        drawn = (torch.randn(queries, *shape, dtype=BF16).mul_(STEP) for shape in changes)
-        return *_drawn(T, D, V, queries), *drawn
+        drawn = (torch.randn(queries, *shape, dtype=dtype).mul_(STEP) for shape in changes)
+        return *_drawn(T, D, V, queries, dtype), *drawn
 
     def given(changes: tuple[Tensor, ...]) -> dict[str, Any]:
         return {"low rank": {"dW_factors": changes}, "dense": {"dW": changes[0] if changes else None}}.get(form, {})
 
     return Work(
-        name=f"T={T} D={D} V={V} Q={queries} bf16 {form}",
+        name=f"T={T} D={D} V={V} Q={queries} {'bf16' if dtype == BF16 else 'float32'} {form}",
         make=make,
         ours=lambda x, dx, W, target, *changes: ops.linear_cross_entropy_delta(x, dx, W, target, **given(changes)),
         beside={"hybrid": lambda x, dx, W, target, *changes: gpu_peers.hybrid(x, dx, W, target, **given(changes))},
         flop=2.0 * T * V * (D * products + (rank * queries if form == "low rank" else 0)),
-        case=_case(form, T, D, V, queries),
+        case=_case(form, T, D, V, queries, dtype),
     )
 
 
-def _drawn(T: int, D: int, V: int, queries: int) -> tuple[Tensor, ...]:
-    x, W = torch.randn(T, D, dtype=BF16), torch.randn(V, D, dtype=BF16).mul_(2 / D**0.5)
-    return x, torch.randn(queries, T, D, dtype=BF16).mul_(STEP), W, torch.randint(V, (T,))
+def _drawn(T: int, D: int, V: int, queries: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    x, W = torch.randn(T, D, dtype=dtype), torch.randn(V, D, dtype=dtype).mul_(2 / D**0.5)
+    return x, torch.randn(queries, T, D, dtype=dtype).mul_(STEP), W, torch.randint(V, (T,))
 
 
-def _case(form: str, T: int, D: int, V: int, queries: int) -> dict[str, Any]:
-    return {"form": form, "dtype": "bfloat16", "T": T, "D": D, "V": V, "Q": queries}
+def _case(form: str, T: int, D: int, V: int, queries: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {"form": form, "dtype": str(dtype).removeprefix("torch."), "T": T, "D": D, "V": V, "Q": queries}
 
 
 def linear_delta(dry: bool) -> Iterator[Work]:

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from finf_fast.kernels.centre import centre
 from finf_fast.kernels.configurations import (
     INTERPRETER,
     OPTIONS,
@@ -36,8 +37,6 @@ from finf_fast.kernels.head_sums import sums_kernel
 from finf_fast.kernels.head_targets import inner_kernel, target_kernel
 from finf_fast.kernels.layouts import aligned
 
-# Rows of W whose median stands for what all have in common: within an eighth of their spread, and that is enough.
-SAMPLED = 129
 # Rows that a program of the finish takes: one a thread; numbers that one of the targets' adds up at once: eight.
 FINISH_ROWS, TARGET_BLOCK = 128, 1024
 
@@ -173,11 +172,11 @@ class _Head:
         centred = x.dtype == torch.float32 and not softcap
         dW, U = (None if y is None else y.to(x.dtype) for y in (dW, U))
         x, dx, W, x1, dW = (None if y is None else _flat(y) for y in (x, dx, W, x1, dW))
-        centre = W[:: -(-len(W) // SAMPLED)].median(0).values.contiguous() if centred else None
+        common = centre(W) if centred else None
         bias, db = (None if y is None else y.float().contiguous() for y in (bias, db))
         inner = None if V is None else _inner(x, dx, aligned(V.float(), both=True).contiguous())
         U = None if U is None else aligned(U).contiguous()
-        return _Head(x, dx, W, centre, x1, dW, inner, U, bias, db, target.contiguous(), softcap, smoothing, Q)
+        return _Head(x, dx, W, common, x1, dW, inner, U, bias, db, target.contiguous(), softcap, smoothing, Q)
 
     @property
     def architecture(self) -> int:
@@ -205,7 +204,9 @@ class _Head:
     @property
     def descriptors(self) -> bool:
         """Whether the long matrices are read through tensor descriptors, of which an empty one has none."""
-        return self.x.dtype == torch.bfloat16 and has_descriptors(self.architecture) and self.x.shape[1] > 0
+        long = [y for y in (self.x, self.dx, self.W, self.x1, self.dW) if y is not None]
+        short = self.x.dtype == torch.bfloat16
+        return short and has_descriptors(self.architecture) and all(y.numel() for y in long)
 
 
 def choose(settings: Settings, float32: bool, paired: bool, beside: bool, softcap: bool, smoothing: bool) -> Tiles:

@@ -14,8 +14,8 @@ import pytest
 import ahead
 
 KERNELS = Path(__file__).parent.parent / "kernels"
-# The two that are to be run; the tables' other rows differ from them in numbers only.
-ARCHITECTURES = (80, 90)
+# The two that are to be run, and the tables' other rows, of which one specimen a kernel is compiled.
+ARCHITECTURES, OTHERS = (80, 90), (89, 100)
 
 pytestmark = [
     pytest.mark.prove,  # Triton is a large download: `make prove` installs it
@@ -44,6 +44,32 @@ def test_compiles_within_its_limits(file, architecture, capsys):
         if built.stack or built.spills or missing or built.shared > SHARED_MEMORY[architecture]:
             failures.append(f"{specimen.name}: {built}, without {missing}")
     assert not failures
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+@pytest.mark.parametrize("file", files_with_specimens())
+def test_other_rows_fit_into_memory(file, architecture):
+    """One specimen of each kernel, the last; what spills there is not looked for."""
+    pytest.importorskip("triton")
+    from finf_fast.kernels.configurations import SHARED_MEMORY
+
+    module = importlib.import_module(f"finf_fast.kernels.{file}")
+    for specimen in {specimen.kernel: specimen for specimen in module.specimens(architecture)}.values():
+        built = ahead.compile_for(architecture, specimen)
+        assert built.shared <= SHARED_MEMORY[architecture], f"{specimen.name}: {built}"
+
+
+def test_an_argument_that_is_not_specialized_is_not_taken_for_aligned():
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+
+    from finf_fast.kernels.configurations import Specimen
+
+    def add(X, N, D):
+        tl.store(X + tl.arange(0, 16), N + D)
+
+    specimen = Specimen("add", triton.jit(do_not_specialize=["N"])(add), dict(X="*i32", N="i32", D="i32"), {}, 1, 1)
+    assert ahead._aligned(specimen) == ["X", "D"]
 
 
 def test_the_harness_sees_spills_stack_and_tensor_cores():

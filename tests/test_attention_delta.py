@@ -73,6 +73,12 @@ def test_shared_heads(dtype, Hk):
     held(stacks(0.1, dtype, H=6, Hk=Hk), dtype, causal=True)
 
 
+@pytest.mark.parametrize("E, Ev", [(256, 8), (257, 300), (300, 8), (8, 300)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_wide_heads(dtype, E, Ev, softcap):
+    held(stacks(0.1, dtype, B=1, H=2, T=5, Tk=6, E=E, Ev=Ev), dtype, softcap=softcap)
+
+
 @pytest.mark.parametrize("T, Tk", [(5, 11), (11, 5), (1, 7), (7, 1)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_other_lengths_of_keys(dtype, T, Tk, causal):

@@ -16,6 +16,7 @@ from finf_fast.ops import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import gpu_cases
 import gpu_suite
 import gpu_tests
 from gpu_suite import Part, Run, Suite
@@ -228,6 +229,15 @@ def test_a_part_leaves_the_later_ones_their_shares(capsys):
     late.part("sanitizer", lambda *_: pytest.fail("begun without time"))
     assert late.parts[0].state == "not run" and late.parts[0].note == "no time left"
     assert "sanitizer: not run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_rivals_are_measured_in_every_type_that_both_take(dry):
+    """Without a row of its own a type would be chosen for by the order of the table alone."""
+    for op, rivals in dispatch.RIVALS.items():
+        taken = set.intersection(*[set(dispatch.TABLE[op][face].dtypes) for face in rivals])
+        measured = {work.case["dtype"] for work in gpu_cases.CASES[op](dry)}
+        assert measured == {str(dtype).removeprefix("torch.") for dtype in taken}
 
 
 CHILD = """import json, sys

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checks
+from finf_fast.kernels.centre import SAMPLED, centre
 from finf_fast.ops import dispatch, hybrid
 from heads import BOUNDS, FORMS, check, make_head
 
@@ -130,3 +131,12 @@ def test_the_row_kernel_without_a_build_is_the_reference(monkeypatch):
     monkeypatch.setattr(dispatch, "compiled", fail)
     check(head)
     check(replace(head, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("V", [1, 2, 128, 129, 130, 1000])
+def test_the_middle_is_found_without_what_has_no_deterministic_form(monkeypatch, V):
+    W = torch.randn(V, 24)
+    wanted = W[:: -(-V // SAMPLED)].median(0).values
+    monkeypatch.setattr(torch.Tensor, "median", lambda *_: pytest.fail("raises on a GPU that is to be deterministic"))
+    assert torch.equal(centre(W), wanted)
+    check(make_head("input", V=max(V, 2), step=1e-2), bound=2 * BOUNDS[torch.float32], by_terms=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from dataclasses import replace
@@ -187,6 +188,16 @@ def test_whole_tiles(dtype, Q, D):
     """Rows of a multiple of 16 bytes, as descriptors need them: blocks of rows, columns and depth, and more of each."""
     head = make_head("input", N=140, D=D, V=300, Q=Q, step=1e-3, dtype=dtype)
     check(replace(head, x=head.x / (D / 24) ** 0.5), bound=few(dtype), by_terms=True)
+
+
+@pytest.mark.parametrize("form", ["input", "input and dense", EVERYTHING])
+def test_without_tensor_descriptors(dtype, monkeypatch, form):
+    """As on GPUs before 9.0, where tiles are loaded by addresses."""
+    if os.environ["FINF_BACKEND"] != "triton":
+        pytest.skip("no other face has any")
+    kernels = importlib.import_module("finf_fast.kernels.linear_cross_entropy_delta")
+    monkeypatch.setattr(kernels, "has_descriptors", lambda architecture: False)
+    check(make_head(form, D=40, V=90, Q=1, step=1e-3, dtype=dtype), bound=few(dtype), by_terms=True)
 
 
 @pytest.mark.parametrize("D", DEPTHS)

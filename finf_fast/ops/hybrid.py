@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finf_fast.kernels.centre import centre
 from finf_fast.reference.changes import tanh_change
 
 __all__ = ["linear_cross_entropy_delta"]
@@ -27,8 +28,6 @@ CHUNK_BYTES = 1 << 30
 PANEL_BYTES = 64 << 20
 # Columns below which a product is no longer at full speed; widths that are a multiple of 64 fill its tiles.
 NARROWEST, MULTIPLE = 512, 64
-# Rows of W whose median stands for what all have in common: within an eighth of their spread, and that is enough.
-SAMPLED = 129
 
 
 def linear_cross_entropy_delta(
@@ -157,7 +156,7 @@ def _cap(y: Tensor, softcap: float) -> None:
 def _centre(W: Tensor, softcap: float | None) -> Tensor | None:
     """(D) what rows of W have in common. Shorter products are exact and take their offset as it comes; a soft cap
     feels it."""
-    return W[:: -(-len(W) // SAMPLED)].median(0).values if W.dtype == torch.float32 and not softcap else None
+    return centre(W) if W.dtype == torch.float32 and not softcap else None
 
 
 def _chunk_rows(head: _Head) -> int:
