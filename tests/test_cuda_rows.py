@@ -142,6 +142,13 @@ def test_how_many_blocks_share_a_row(module):
     assert [count(16, 128256, 1, multiprocessors) for multiprocessors in (1, 8, 16, 108)] == [1, 1, 2, 14]
 
 
+def test_more_columns_than_a_kernel_counts_are_refused():
+    kernels = pytest.importorskip("finf_fast._cuda")
+    z, dz, outputs = (1, 0, 2**31), (0, 0, 0, 0), (1, 1, 1, 0)
+    with pytest.raises(ValueError, match=r"V: wanted at most 2\^30, got 1073741825"):
+        kernels.cross_entropy_delta(0, 0, *z, *dz, *outputs, 1, 2**30 + 1, 0, -100, 0.0, 1, 0)
+
+
 def test_cross_entropy_delta_of_rows_without_target(lanes):
     case = make_case(N=3, V=20, Q=3)
     case.target[1] = -100

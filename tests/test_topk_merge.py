@@ -33,6 +33,13 @@ def test_every_number_of_queries(dtype, Q):
     check_topk(topk_merge, torch.randn(Q, 50).to(dtype), 4, cuts=(7, 20))
 
 
+@pytest.mark.parametrize("K", [1, 100])
+def test_scores_that_blocks_of_a_gpu_share(dtype, K):
+    scores = torch.randint(-50, 50, (2, 70_000)).to(dtype)
+    scores[0, ::5] = NAN
+    check_topk(topk_merge, scores, K, cuts=(30_001,))
+
+
 @pytest.mark.parametrize("way", [1, -1])
 def test_scores_that_rise_or_fall(dtype, way):
     """Rising scores replace the whole list again and again; falling ones never enter it."""
