@@ -30,6 +30,16 @@ def test_every_length(dtype, Q, lengths):
     check_segment_sum(segment_sum, torch.randn(Q, int(offsets[-1])).to(dtype), offsets)
 
 
+def test_what_follows_a_segment_changes_no_bit(dtype):
+    """The compiled loop reads past a short segment where there is something to read."""
+    for length in range(18):
+        values = torch.randn(2, length).to(dtype)
+        values[1] = -0.0
+        last = segment_sum(values, cuts(0, length))
+        followed = segment_sum(torch.cat([values, torch.full((2, 20), torch.nan).to(dtype)], 1), cuts(0, length))
+        assert torch.equal(last, followed) and torch.equal(last.signbit(), followed.signbit()), length
+
+
 def test_columns_outside_the_offsets_are_left_out(dtype):
     values = torch.randn(2, 50).to(dtype)
     values[:, :3] = values[:, 40:] = torch.nan
