@@ -50,7 +50,7 @@ from finf_fast.kernels.attention_scores import (
     store_numbers,
     write,
 )
-from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, roomy, settings_for
+from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, alone, architecture, roomy, settings_for
 from finf_fast.kernels.numerics import expm1, product, rounded
 
 # Past this gain the third kernel takes the row. A key whose p is zero in float32, below e^-87, counts for less than
@@ -310,7 +310,7 @@ def attention_delta(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **OPTIONS,
-        **(roomy(tile.num_warps) if q.dtype == torch.float32 else {}),
+        **_room(architecture(q.device), q.dtype, max(width(E), width(EV)), tile),
     }
     strides = (*q.stride()[1:4], *k.stride()[1:4], *v.stride()[1:4], *places)
     _value_kernel[(blocks,)](q, k, v, mask, out, y, top, total, leader, *strides, *numbers, **shape)
@@ -324,6 +324,13 @@ def attention_delta(
         kernel[(Q * blocks,)](
             *(q, k, v, mask, out, y, top, total, leader, large, *strides, Q, *numbers), **moves, **shape
         )
+
+
+def _room(architecture: int, dtype: torch.dtype, width: int, tile: Tile) -> dict[str, int]:
+    """Options on registers: before 9.0 any assembler spills a few of a wide head's to fit in another program."""
+    if 0 < architecture < 90 and width > 128:
+        return alone(tile.num_warps)
+    return roomy(tile.num_warps) if dtype == torch.float32 else {}
 
 
 def width(E: int) -> int:
@@ -366,5 +373,5 @@ def _specimen(kernel, kind: str, width: int, tile: Tile, busy: bool, architectur
         tile.num_warps,
         tile.num_stages,
         instructions=(unit,) if kind == "bf16" else (),
-        options={} if kind == "bf16" else roomy(tile.num_warps),
+        options=_room(architecture, torch.float32 if kind == "fp32" else torch.bfloat16, width, tile),
     )

@@ -60,7 +60,12 @@ def newer_assembler() -> bool:
 def roomy(num_warps: int) -> dict[str, int]:
     """Options of a launch whose kernel, before Triton 3.9, would spill a few registers so that another program fits on
     the multiprocessor: as many as there are for one program. Newer assemblers need no telling."""
-    return {} if newer_assembler() else {"maxnreg": min(255, 65536 // (32 * num_warps))}
+    return {} if newer_assembler() else alone(num_warps)
+
+
+def alone(num_warps: int) -> dict[str, int]:
+    """Options of a launch whose program may have all registers of a multiprocessor."""
+    return {"maxnreg": min(255, 65536 // (32 * num_warps))}
 
 
 def interpreted() -> bool:

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 BF16 = torch.bfloat16
-LENGTHS = (1, 2, 15, 16, 48, 77)
+SIZES = (1, 2, 15, 16, 48, 77)
 
 
 class Recorder:
@@ -118,11 +118,16 @@ def launch_activation(Q: int) -> None:
     activation_delta(stack(1 + Q, 1, 64), None, stack(1 + Q, 64), "gelu")
 
 
-RAGGED = {
-    "linear_cross_entropy_delta": lambda n: launch_head(n, 64, n + 3, 2, 16),
-    "linear_delta": lambda n: launch_linear(n, 64, 32, 2, 16),
-    "attention_delta": lambda n: launch_attention(n, n + 1, 4, 2),
-    "normalize": lambda n: launch_norm(n, 2),
+# By file of kernels and what varies: rows and vocabulary, or how many queries and heads there are.
+VARIED = {
+    ("linear_cross_entropy_delta", "lengths"): lambda n: launch_head(n, 64, n + 3, 2, 16),
+    ("linear_delta", "lengths"): lambda n: launch_linear(n, 64, 32, 2, 16),
+    ("attention_delta", "lengths"): lambda n: launch_attention(n, n + 1, 4, 2),
+    ("normalize", "lengths"): lambda n: launch_norm(n, 2),
+    ("linear_delta", "queries"): lambda n: launch_linear(9, 64, 32, n, 16),
+    ("attention_delta", "queries"): lambda n: launch_attention(9, 9, n, n),
+    ("normalize", "queries"): lambda n: launch_norm(9, n),
+    ("activation_delta", "queries"): launch_activation,
 }
 
 
@@ -130,31 +135,13 @@ def variants(kernels: dict[str, Recorder]) -> dict[str, int]:
     return {name: len(kernel.variants()) for name, kernel in kernels.items()}
 
 
-@pytest.mark.parametrize("file", RAGGED)
-def test_batches_of_any_length_are_compiled_for_once(recorded, file):
+@pytest.mark.parametrize("file, varies", VARIED)
+def test_batches_of_any_size_are_compiled_for_once(recorded, file, varies):
     kernels = recorded(file)
-    RAGGED[file](LENGTHS[0])
+    VARIED[file, varies](SIZES[0])
     first = variants(kernels)
-    for n in LENGTHS[1:]:
-        RAGGED[file](n)
-    assert any(first.values()) and variants(kernels) == first
-
-
-QUERIES = {
-    "linear_delta": lambda n: launch_linear(9, 64, 32, n, 16),
-    "attention_delta": lambda n: launch_attention(9, 9, n, n),
-    "normalize": lambda n: launch_norm(9, n),
-    "activation_delta": launch_activation,
-}
-
-
-@pytest.mark.parametrize("file", QUERIES)
-def test_any_number_of_queries_is_compiled_for_once(recorded, file):
-    kernels = recorded(file)
-    QUERIES[file](LENGTHS[0])
-    first = variants(kernels)
-    for n in LENGTHS[1:]:
-        QUERIES[file](n)
+    for n in SIZES[1:]:
+        VARIED[file, varies](n)
     assert any(first.values()) and variants(kernels) == first
 
 
