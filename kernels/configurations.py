@@ -90,6 +90,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def second_level_cache(device: torch.device) -> int:
+    """Bytes; the interpreter's stands for little, so that small tests have several groups of rows."""
+    if device.type != "cuda":
+        return 48 << 10
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def settings_for(table: Mapping[int, Settings], architecture: int) -> Settings:
     """The table's row for `architecture`: its own, or that of the newest before it."""
     architecture = _SMALLER.get(architecture, architecture)

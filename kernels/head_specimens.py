@@ -39,6 +39,7 @@ def specimens(architecture: int) -> list[Specimen]:
 
 _LONG = ("X", "DX", "W", "X1", "DW")
 _STRIDES = {f"{name}_stride": "i32" for name in ("x", "dx", "w", "x1", "dw")} | {"x1_rows": "i32"}
+_ORDER = dict.fromkeys(("parts", "tiles_a_part", "group"), "i32")
 _SIZES = {"N": "i32", "D": "i32", "V": "i32", "Q": "i32"}
 
 
@@ -57,7 +58,7 @@ def _walk_specimen(architecture, name, given, kind="bf16", paired=False, **flags
     # What descriptors are not used for is copied behind the products' backs in another way.
     loads += ("LDGSTS",) if given.get("U") or not descriptors else ()
     return _specimen(
-        *(name, sums_kernel, types, {**_STRIDES, **_SIZES, "rank": "i32", "tiles_a_part": "i32", "cap": "fp32"}),
+        *(name, sums_kernel, types, {**_STRIDES, **_SIZES, "rank": "i32", **_ORDER, "cap": "fp32"}),
         *(shape | {"INTERPRETED": False}, tiles.num_warps, tiles.num_stages),
         instructions=tensor_cores + loads,
         options=roomy(tiles.num_warps) if wide else {},

@@ -18,16 +18,18 @@ LOWEST = tl.constexpr(-3.4e38)  # below every logit, and no infinity: a differen
 ASIDE = tl.constexpr(-1e-37)
 
 
-@triton.jit(do_not_specialize=["N", "V", "Q", "x1_rows", "tiles_a_part"])
+@triton.jit(do_not_specialize=["N", "V", "Q", "x1_rows", "parts", "tiles_a_part", "group"])
 def sums_kernel(
     X, DX, W, CENTRE, X1, DW, INNER, U, BIAS, DB, TARGET, Z_T, D_T, FAR, VALUES, CHANGES,
-    x_stride, dx_stride, w_stride, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank, tiles_a_part, cap,
+    x_stride, dx_stride, w_stride, x1_stride, x1_rows, dw_stride, N, D, V, Q, rank,
+    parts, tiles_a_part, group, cap,
     AFTER: tl.constexpr, PAIRED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, HALVES: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """VALUES and CHANGES of a block of rows and a part of the vocabulary; AFTER: AFTERS of a block with FAR rows."""
-    row, part, parts = tl.program_id(0) * ROWS, tl.program_id(1), tl.num_programs(1)
+    block, part = _place(tl.cdiv(N, ROWS), parts, group)
+    row = block * ROWS
     rows = row + tl.arange(0, ROWS)
     inside = rows < N
     if AFTER:  # noqa: SIM102  the one if is the compiler's, the other the device's
@@ -100,6 +102,16 @@ def sums_kernel(
         tl.store(VALUES + at, m, mask=inside)
         tl.store(VALUES + slot + at, rest, mask=inside)
         tl.store(VALUES + 2 * slot + at, gaps, mask=inside)
+
+
+@triton.jit
+def _place(blocks, parts, group):
+    """Block of rows and part of the vocabulary of this program: those of a group of blocks follow each other."""
+    program = tl.program_id(0)
+    first = program // (group * parts) * group
+    size = tl.minimum(group, blocks - first)
+    within = program - first * parts
+    return first + within % size, within // size
 
 
 @triton.jit

@@ -30,9 +30,11 @@ from finf_fast.kernels.configurations import (
     multiprocessors,
     newer_assembler,
     roomy,
+    second_level_cache,
     settings_for,
 )
 from finf_fast.kernels.head_finish import finish_far_kernel, finish_kernel
+from finf_fast.kernels.head_order import Order, choose_order
 from finf_fast.kernels.head_sums import sums_kernel
 from finf_fast.kernels.head_targets import inner_kernel, target_kernel
 from finf_fast.kernels.layouts import aligned
@@ -120,12 +122,13 @@ def linear_cross_entropy_delta(
     smoothing = label_smoothing > 0
     head = _Head.of(x, dx, W, target, bias, db, dW, U, V, softcap, smoothing)
     z_t, d_t = _look_up_targets(head, ignore_index)
-    parts, tiles_a_part = head.parts()
+    order = head.order()
+    parts = order.parts
     Q, N = delta.shape
     values = x.new_empty((3, parts, N), dtype=torch.float32)
     changes = x.new_empty((4, parts, Q, N), dtype=torch.float32)
     far = x.new_empty((Q, N), dtype=torch.int8)
-    _walk(head, z_t, d_t, far, values, changes, parts, tiles_a_part, after=False, smoothing=smoothing)
+    _walk(head, z_t, d_t, far, values, changes, order, after=False, smoothing=smoothing)
     sizes, options = (N, len(W), Q, parts), {"SMOOTHING": smoothing, "BLOCK": FINISH_ROWS, **OPTIONS}
     blocks = triton.cdiv(N, FINISH_ROWS)
     finish_kernel[(blocks,)](
@@ -134,7 +137,7 @@ def linear_cross_entropy_delta(
     )  # fmt: skip
     if Q:
         afters = x.new_empty((2, parts, Q, N), dtype=torch.float32)
-        _walk(head, z_t, d_t, far, values, afters, parts, tiles_a_part, after=True, smoothing=False)
+        _walk(head, z_t, d_t, far, values, afters, order, after=True, smoothing=False)
         finish_far_kernel[(blocks, Q)](
             *(z_t, values, changes, afters, delta, far, delta.stride(0)), *sizes, label_smoothing, **options
         )
@@ -196,10 +199,12 @@ class _Head:
     def halves(self) -> int:
         return 1 if self.inner is None else len(self.inner)
 
-    def parts(self) -> tuple[int, int]:
-        """Parts of the vocabulary and tiles in each: what keeps the multiprocessors busy for the fewest tiles."""
+    def order(self) -> Order:
+        """Of the programs that walk over the vocabulary."""
         blocks, tiles = triton.cdiv(len(self.x), self.tiles.rows), triton.cdiv(len(self.W), self.tiles.columns)
-        return _fewest_steps(blocks, tiles, multiprocessors(self.x.device))
+        again = sum(y.nbytes for y in (self.x, self.dx, self.x1) if y is not None)
+        here = multiprocessors(self.x.device), second_level_cache(self.x.device)
+        return choose_order(blocks, tiles, again // max(1, blocks), *here)
 
     @property
     def descriptors(self) -> bool:
@@ -224,18 +229,6 @@ def _flat(y: Tensor) -> Tensor:
     """(…, D) as a matrix of rows apart from each other, all at one distance; itself where it lies so."""
     y = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])  # not -1: D may be 0
     return aligned(y if y.stride(0) >= y.shape[1] else y.contiguous())
-
-
-def _fewest_steps(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
-    """(parts, tiles a part) for which `processors` programs at a time are done after the fewest tiles."""
-    most = min(tiles, max(1, 4 * processors // blocks))  # past four rounds nothing is gained, and partials grow
-    sizes = {triton.cdiv(tiles, parts) for parts in range(1, most + 1)}
-
-    def steps(size: int) -> tuple[int, int]:
-        return triton.cdiv(blocks * triton.cdiv(tiles, size), processors) * size, -size
-
-    size = min(sizes, key=steps)
-    return triton.cdiv(tiles, size), size
 
 
 def _inner(x: Tensor, dx: Tensor | None, R: Tensor) -> Tensor:
@@ -272,7 +265,7 @@ def _look_up_targets(head: _Head, ignore_index: int) -> tuple[Tensor, Tensor]:
     return z_t, d_t
 
 
-def _walk(head: _Head, z_t, d_t, far, values, changes, parts, tiles_a_part, *, after: bool, smoothing: bool) -> None:
+def _walk(head: _Head, z_t, d_t, far, values, changes, order: Order, *, after: bool, smoothing: bool) -> None:
     tiles, descriptors, rank = head.tiles, head.descriptors, settings_for(TABLE, head.architecture).rank
 
     def long(y: Tensor | None, rows: int):
@@ -281,9 +274,10 @@ def _walk(head: _Head, z_t, d_t, far, values, changes, parts, tiles_a_part, *, a
     (N, D), r = head.x.shape, 0 if head.U is None else head.U.shape[2]
     x, dx, x1 = (long(y, tiles.rows) for y in (head.x, head.dx, head.x1))
     W, dW = (long(y, tiles.columns) for y in (head.W, head.dW))
-    sums_kernel[(triton.cdiv(N, tiles.rows), parts)](
+    sums_kernel[(triton.cdiv(N, tiles.rows) * order.parts,)](
         *(x, dx, W, head.centre, x1, dW, head.inner, head.U, head.bias, head.db, head.target, z_t, d_t, far),
-        *(values, changes, *_strides(head), N, D, len(head.W), head.Q, r, tiles_a_part, head.softcap or 1.0),
+        *(values, changes, *_strides(head), N, D, len(head.W), head.Q, r, order.parts, order.tiles, order.group),
+        head.softcap or 1.0,
         **constants(tiles, rank, after, head.paired, bool(head.softcap), smoothing, head.halves, descriptors),
         **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **OPTIONS},
         **(roomy(tiles.num_warps) if head.x.dtype == torch.float32 else {}),
