@@ -35,6 +35,8 @@ def test_the_state_of_a_real_adamw():
     "state, error, message",
     [
         (None, TypeError, "state: method='adamw_state' wants the optimizer, its state_dict"),
+        ({}, TypeError, "state: .*, got an empty one"),
+        (torch.optim.Adam([torch.zeros(3)]), ValueError, "the optimizer steps none of this model's parameters"),
         ({"nobody": torch.zeros(1)}, ValueError, "state: the model has no parameter 'nobody'"),
         ({"0.bias": torch.zeros(1)}, ValueError, r"state: '0.bias' wanted shape \(16,\), got \(1,\)"),
         ({"state": {}, "param_groups": [{"params": [0]}]}, ValueError, "state: wanted param_names in its 1 groups"),

@@ -77,7 +77,7 @@ class AdamWState(Preconditioned):
         if not isinstance(self.state, (Mapping, torch.optim.Optimizer)) or self.state == {}:
             raise TypeError(
                 "state: method='adamw_state' wants the optimizer, its state_dict() or a mapping name -> exp_avg_sq, "
-                f"got {type(self.state).__name__}"
+                f"got {'an empty one' if self.state == {} else type(self.state).__name__}"
             )
 
     def prepared(self, model: nn.Module, loss: Loss, device: torch.device) -> Method:
@@ -126,6 +126,8 @@ def _entries(state: Any, model: nn.Module) -> tuple[list[tuple[str, Entry]], str
     if isinstance(state, torch.optim.Optimizer):
         own = {id(parameter): name for name, parameter in model.named_parameters()}
         kept = [(group, id(p), state.state.get(p, {})) for group in state.param_groups for p in group["params"]]
+        if not any(key in own for _, key, _ in kept):
+            raise ValueError("state: the optimizer steps none of this model's parameters; of a copy's, give state_dict()")
         return [(own[entry[1]], entry) for entry in kept if entry[1] in own], "the optimizer's own parameters"
     groups = state["param_groups"]
     kept = [(group, key, state["state"].get(key, {})) for group in groups for key in group["params"]]
