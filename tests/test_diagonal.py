@@ -36,7 +36,6 @@ def test_the_state_of_a_real_adamw():
     [
         (None, TypeError, "state: method='adamw_state' wants the optimizer, its state_dict"),
         ({}, TypeError, "state: .*, got an empty one"),
-        (torch.optim.Adam([torch.zeros(3)]), ValueError, "the optimizer steps none of this model's parameters"),
         ({"nobody": torch.zeros(1)}, ValueError, "state: the model has no parameter 'nobody'"),
         ({"0.bias": torch.zeros(1)}, ValueError, r"state: '0.bias' wanted shape \(16,\), got \(1,\)"),
         ({"state": {}, "param_groups": [{"params": [0]}]}, ValueError, "state: wanted param_names in its 1 groups"),
@@ -70,7 +69,7 @@ def test_an_optimizer_knows_its_parameters_in_whatever_order():
         assert torch.allclose(found.params[name], by_name.params[name], rtol=1e-12)
     assert found.record["options"]["told_by"] == "the optimizer's own parameters"
     assert steps_of(model, x, y, optimizer.state_dict()).record["options"]["told_by"] == "their order in the model"
-    with pytest.raises(ValueError, match="state: wanted exp_avg_sq of at least one of the model's parameters"):
+    with pytest.raises(ValueError, match="state: the optimizer steps none of the model's parameters"):
         steps_of(*square(), optimizer)
 
 

@@ -127,7 +127,9 @@ def _entries(state: Any, model: nn.Module) -> tuple[list[tuple[str, Entry]], str
         own = {id(parameter): name for name, parameter in model.named_parameters()}
         kept = [(group, id(p), state.state.get(p, {})) for group in state.param_groups for p in group["params"]]
         if not any(key in own for _, key, _ in kept):
-            raise ValueError("state: the optimizer steps none of this model's parameters; of a copy's, give state_dict()")
+            raise ValueError(
+                "state: the optimizer steps none of the model's parameters; of a copy's, give state_dict()"
+            )
         return [(own[entry[1]], entry) for entry in kept if entry[1] in own], "the optimizer's own parameters"
     groups = state["param_groups"]
     kept = [(group, key, state["state"].get(key, {})) for group in groups for key in group["params"]]
