@@ -17,7 +17,7 @@ import numpy as np
 from finf_fast.disk import leftovers, naming, sync_folder
 from finf_fast.records import DamagedFile
 from finf_fast.scores import manifest as manifests
-from finf_fast.scores.files import RowFile, check_npy, check_size, datasync, lock, reserve, write_at
+from finf_fast.scores.files import RowFile, check_npy, check_size, datasync, lock, write_at
 
 LOCK = "lock"
 DONE = "done"
@@ -133,7 +133,8 @@ class Folder:
     def _create_done(self) -> None:
         self.done = np.zeros(manifests.plan_of(self.manifest).blocks, np.uint8)
         self._done = os.open(self.path / DONE, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        reserve(self._done, len(self.done))
+        # Written, not reserved, which not every file system can: rows that found the last room must find their flags'.
+        write_at(self._done, memoryview(self.done), 0)
         os.fsync(self._done)
         sync_folder(self.path)
 
