@@ -133,7 +133,9 @@ class ArrowCorpus(Corpus):
         """
         # Between the edges of two batches is the one where the first ends: only rows of one batch are neighbours.
         breaks = np.flatnonzero(np.diff(column.offsets[batches] + rows) != 1) + 1
-        if len(breaks) and len(rows) < SHORT * (len(breaks) + 1):
+        if not len(breaks):
+            return self._edges_of_run(column, int(batches[0]), int(rows[0]), len(rows))
+        if len(rows) < SHORT * (len(breaks) + 1):
             return self._gathered_edges(column, batches, rows)
         bounds = [0, *breaks.tolist(), len(rows)]
         runs = [(int(batches[k]), int(rows[k]), stop - k) for k, stop in pairwise(bounds)]
@@ -141,19 +143,30 @@ class ArrowCorpus(Corpus):
             return self._gathered_edges(column, batches, rows)
         return self._edges_of_runs(column, runs)
 
+    def _edges_of_run(self, column: Column, *run: int) -> Sequence[np.ndarray]:
+        """Of rows that follow each other, given as (batch, first row, rows), each edge read once."""
+        first, stop = self._span_of_edges(*run)
+        start = int(column.offsets[run[0]]) + first
+        found = integers(self._items(column.edges), range(start, start + 1), stop - first).numpy()
+        return self._around(column, run, first, found[0])
+
     def _edges_of_runs(self, column: Column, runs: list[tuple[int, int, int]]) -> Sequence[np.ndarray]:
-        """Of runs of rows that follow each other, (batch, first row, rows), each edge read once."""
-        spans = [self._span_of_edges(*run) for run in runs]
-        starts = np.array([int(column.offsets[run[0]]) + span[0] for run, span in zip(runs, spans, strict=True)])
-        lengths, lines = [stop - first for first, stop in spans], []
-        most, several = max(lengths), lengths if len(runs) > 1 else None
-        found = integers(self._items(column.edges), _stepping(starts, most), most, several).numpy()
-        for (batch, row, count), (first, stop), read in zip(runs, spans, found, strict=True):
-            line = np.zeros(count + 3, np.int64)
-            line[-1] = column.counts[batch]
-            line[first - row + 1 : stop - row + 1] = read[: stop - first]
-            lines.append((line[:-3], line[1:-2], line[2:-1], line[3:]))
-        return lines[0] if len(lines) == 1 else [np.concatenate(parts) for parts in zip(*lines, strict=True)]
+        """Of several such runs, in one reading."""
+        spans = np.array([self._span_of_edges(*run) for run in runs])
+        starts = column.offsets[[batch for batch, *_ in runs]] + spans[:, 0]
+        lengths = spans[:, 1] - spans[:, 0]
+        found = integers(self._items(column.edges), starts, int(lengths.max()), lengths).numpy()
+        each = zip(runs, spans[:, 0].tolist(), found, lengths, strict=True)
+        lines = [self._around(column, run, first, read[:length]) for run, first, read, length in each]
+        return [np.concatenate(parts) for parts in zip(*lines, strict=True)]
+
+    def _around(self, column: Column, run: tuple[int, ...], first: int, found: np.ndarray) -> Sequence[np.ndarray]:
+        """What :meth:`_edges` gives, of a run whose edges from the batch's ``first`` on were found."""
+        batch, row, count = run
+        line = np.zeros(count + 3, np.int64)
+        line[-1] = column.counts[batch]
+        line[first - row + 1 : first - row + 1 + len(found)] = found
+        return line[:-3], line[1:-2], line[2:-1], line[3:]
 
     def _span_of_edges(self, batch: int, row: int, count: int) -> tuple[int, int]:
         """First and one past the last of a batch's edges that rows [row, row + count) and those beside them have."""
