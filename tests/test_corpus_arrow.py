@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import finf_fast as ff
 from corpus_files import damage, state
-from finf_fast.corpus import open_corpus
+from finf_fast.corpus import arrow, open_corpus
 from finf_fast.corpus.arrow import SelectedCorpus
 from finf_fast.records import DamagedFile
 from nets import language_model
@@ -228,6 +228,43 @@ def test_lists_beside_an_edge_out_of_order(tmp_path, row, edge):
             assert str(path) in str(error) and ", byte " in str(error)
             found.append(None)
     assert False not in found and found[max(0, row - 1)] is found[min(row, 5)] is None
+    with pytest.raises(DamagedFile, match=r"rows\.arrow, byte \d+: wanted a list of 'input_ids' inside 9 items"):
+        corpus.read(0, 6)
+
+
+@pytest.fixture
+def edges_read(monkeypatch):
+    """How many edges each reading of them has asked for."""
+    deliver, asked = arrow.integers, []
+
+    def counted(items, starts, length, lengths=None, fill=0):
+        if items.dtype == np.int32:  # the items of the lists are int64
+            asked.append(len(starts) * length if lengths is None else int(np.sum(lengths)))
+        return deliver(items, starts, length, lengths, fill)
+
+    monkeypatch.setattr(arrow, "integers", counted)
+    return asked
+
+
+def test_edges_of_rows_side_by_side_are_read_once(tmp_path, edges_read):
+    lists = texts(200)
+    corpus = open_corpus(stream(tmp_path / "rows.arrow", {"input_ids": lists}, 70))
+    for start, stop, edges in [(0, 70, 71), (1, 40, 42), (10, 60, 53), (70, 71, 3), (60, 140, 12 + 71), (0, 200, 203)]:
+        rows = read(corpus, corpus.read(start, stop))
+        assert [row["input_ids"] for row in rows] == lists[start:stop]
+        assert edges_read.pop() == edges and not edges_read
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 40, 200])
+def test_edges_however_they_are_read(tmp_path, batch):
+    corpus = open_corpus(stream(tmp_path / "rows.arrow", {"input_ids": texts(200)}, batch))
+    (column,) = corpus._columns
+    picks = [np.arange(a, b) for a, b in [(0, 1), (0, 200), (6, 7), (13, 77), (39, 41), (199, 200), (40, 80)]]
+    picks += [DRAW.integers(0, 200, 64), np.sort(DRAW.choice(200, 150, False)), np.r_[0:90, 0:90, 3], np.r_[99:0:-1]]
+    picks += [np.r_[5:40, 48:90], np.r_[0:64, 65, 67, 69, 71]]
+    for rows in picks:
+        where = corpus._where(rows)
+        assert np.array_equal(corpus._edges(column, *where), corpus._gathered_edges(column, *where)), rows
 
 
 def test_an_index_beyond_the_rows(tmp_path):

@@ -267,14 +267,14 @@ except Exception as error:
 
 
 # Where the disk ends it: bytes of the corpus that can be read; or writes that find room, of which the two arrays'
-# headers are the first two and every block takes three: base, delta and its flag.
+# headers and the flags, all of them 0, are the first three, and every block takes three: base, delta and its flag.
 ENDS = {
     "eio": (3000, "DamagedFile", "x.bin, byte 3000", "Input/output"),
-    "full at a base": (59, "OSError", "cannot write row 152 and on: No space left", "base.npy"),
-    "full at a delta": (60, "OSError", "cannot write row 152 and on: No space left", "delta.npy"),
-    "full at a flag": (61, "OSError", "cannot flag blocks 19 to 19: No space left", "done"),
-    "full at the first flag but one": (7, "OSError", "cannot flag blocks 1 to 1: No space left", "done"),
-    "full at the last flag": (151, "OSError", "cannot flag blocks 49 to 49: No space left", "done"),
+    "full at a base": (60, "OSError", "cannot write row 152 and on: No space left", "base.npy"),
+    "full at a delta": (61, "OSError", "cannot write row 152 and on: No space left", "delta.npy"),
+    "full at a flag": (62, "OSError", "cannot flag blocks 19 to 19: No space left", "done"),
+    "full at the first flag but one": (8, "OSError", "cannot flag blocks 1 to 1: No space left", "done"),
+    "full at the last flag": (152, "OSError", "cannot flag blocks 49 to 49: No space left", "done"),
 }
 
 
@@ -299,3 +299,10 @@ def test_a_sweep_over_a_failing_disk_keeps_what_it_has_and_resumes(tmp_path, swe
     assert done.stdout == "", done.stdout
     for name in ("base.npy", "delta.npy", "done"):
         assert (part / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_flags_without_room_are_seen_before_any_work(tmp_path, swept, faulty_disk):
+    part = tmp_path / "part"
+    done = run_python(SWEEP, swept[0], part, library=faulty_disk, kind="full", at=part, **{"from": 2})
+    assert "No space left on device: the result needs" in done.stdout, done.stdout + done.stderr
+    assert [entry.name for entry in part.iterdir()] == ["lock"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from finf_fast.records import DamagedFile
 __all__ = ["ArrowCorpus", "SelectedCorpus"]
 
 FILLER = {"labels": -100}  # as in collate.py
+# Edges are gathered row by row where those that follow each other come in runs of fewer rows on the average, or of
+# lengths so different that the room for the longest, for each, is more than so many times the rows.
+SHORT, WIDE = 16, 4
 
 
 class ArrowCorpus(Corpus):
@@ -109,31 +113,74 @@ class ArrowCorpus(Corpus):
         if not column.is_ragged:
             size = column.size if self.max_length is None else min(column.size, self.max_length)
             return column.values[batches] + rows * column.size, np.full(len(rows), size)
-        edges, most = self._edges(column, batches, rows), column.counts[batches]
-        wrong = (edges[:, 1:] < edges[:, :-1]).any(1) | (edges[:, 0] < 0) | (edges[:, 3] > most)
+        (before, begins, ends, after), most = self._edges(column, batches, rows), column.counts[batches]
+        wrong = (before < 0) | (begins < before) | (ends < begins) | (after < ends) | (after > most)
         if wrong.any():
             at = int(np.flatnonzero(wrong)[0])
             byte = int(column.offsets[batches[at]] + rows[at]) * column.edges.itemsize
-            before, *own, after = edges[at].tolist()
-            wanted, got = f"a list of {column.name!r} inside {most[at]} items", f"{own} between {before} and {after}"
+            got = f"[{begins[at]}, {ends[at]}] between {before[at]} and {after[at]}"
+            wanted = f"a list of {column.name!r} inside {most[at]} items"
             raise DamagedFile(f"{self._file.name}, byte {byte}: wanted {wanted}, got {got}")
-        counts = edges[:, 2] - edges[:, 1]
+        counts = ends - begins
         counts = counts if self.max_length is None else np.minimum(counts, self.max_length)
-        return column.values[batches] + edges[:, 1], counts
+        return column.values[batches] + begins, counts
 
-    def _edges(self, column: Column, batches: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """(R, 4) int64 where the list before each begins, where it does and ends, and where the list after it ends.
+    def _edges(self, column: Column, batches: np.ndarray, rows: np.ndarray) -> Sequence[np.ndarray]:
+        """Four (R,) int64: where the list before each begins, where it does and ends, and where the list after it ends.
 
         The ones beside it are for the check: lists that overlap are seen from either. Where there is none, its place
         is that of the batch's first item or of its end.
         """
+        # Between the edges of two batches is the one where the first ends: only rows of one batch are neighbours.
+        breaks = np.flatnonzero(np.diff(column.offsets[batches] + rows) != 1) + 1
+        if not len(breaks):
+            return self._edges_of_run(column, int(batches[0]), int(rows[0]), len(rows))
+        if len(rows) < SHORT * (len(breaks) + 1):
+            return self._gathered_edges(column, batches, rows)
+        bounds = [0, *breaks.tolist(), len(rows)]
+        runs = [(int(batches[k]), int(rows[k]), stop - k) for k, stop in pairwise(bounds)]
+        if len(runs) * max(count for *_, count in runs) > WIDE * len(rows):
+            return self._gathered_edges(column, batches, rows)
+        return self._edges_of_runs(column, runs)
+
+    def _edges_of_run(self, column: Column, *run: int) -> Sequence[np.ndarray]:
+        """Of rows that follow each other, given as (batch, first row, rows), each edge read once."""
+        first, stop = self._span_of_edges(*run)
+        start = int(column.offsets[run[0]]) + first
+        found = integers(self._items(column.edges), range(start, start + 1), stop - first).numpy()
+        return self._around(column, run, first, found[0])
+
+    def _edges_of_runs(self, column: Column, runs: list[tuple[int, int, int]]) -> Sequence[np.ndarray]:
+        """Of several such runs, in one reading."""
+        spans = np.array([self._span_of_edges(*run) for run in runs])
+        starts = column.offsets[[batch for batch, *_ in runs]] + spans[:, 0]
+        lengths = spans[:, 1] - spans[:, 0]
+        found = integers(self._items(column.edges), starts, int(lengths.max()), lengths).numpy()
+        each = zip(runs, spans[:, 0].tolist(), found, lengths, strict=True)
+        lines = [self._around(column, run, first, read[:length]) for run, first, read, length in each]
+        return [np.concatenate(parts) for parts in zip(*lines, strict=True)]
+
+    def _around(self, column: Column, run: tuple[int, ...], first: int, found: np.ndarray) -> Sequence[np.ndarray]:
+        """What :meth:`_edges` gives, of a run whose edges from the batch's ``first`` on were found."""
+        batch, row, count = run
+        line = np.zeros(count + 3, np.int64)
+        line[-1] = column.counts[batch]
+        line[first - row + 1 : first - row + 1 + len(found)] = found
+        return line[:-3], line[1:-2], line[2:-1], line[3:]
+
+    def _span_of_edges(self, batch: int, row: int, count: int) -> tuple[int, int]:
+        """First and one past the last of a batch's edges that rows [row, row + count) and those beside them have."""
+        return max(row - 1, 0), min(row + count + 1, int(self._starts[batch + 1] - self._starts[batch])) + 1
+
+    def _gathered_edges(self, column: Column, batches: np.ndarray, rows: np.ndarray) -> Sequence[np.ndarray]:
+        """Of rows anywhere, those of each by themselves."""
         firsts = np.maximum(rows - 1, 0)
         there = np.minimum(rows + 2, self._starts[batches + 1] - self._starts[batches]) - firsts + 1
         edges = integers(self._items(column.edges), column.offsets[batches] + firsts, 4, there).numpy()
         leading = rows == 0
         edges[leading, 1:], edges[leading, 0] = edges[leading, :3], 0
         beyond = np.arange(4) >= (there + leading)[:, None]
-        return np.where(beyond, column.counts[batches][:, None], edges)
+        return np.where(beyond, column.counts[batches][:, None], edges).T
 
     def _padded(self, column: Column, firsts: np.ndarray, counts: np.ndarray, longest: int) -> Tensor:
         items, starts = self._items(column.dtype), _stepping(firsts, int(counts[0]))

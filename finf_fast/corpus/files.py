@@ -59,7 +59,8 @@ class MappedFile:
         opened = self._open()
         status = os.fstat(opened.descriptor)
         self.size, self.changed_ns = status.st_size, status.st_mtime_ns
-        self._same_as = _identity(status)
+        # One tuple, which another thread finds as it was or as it is.
+        self._known = _identity(status), _attributes(status)
         # Some network file systems number their files anew; there the times of change have to do.
         self._numbered = not _on_network(opened.descriptor)
         if not self._numbered:
@@ -116,8 +117,12 @@ class MappedFile:
         except OSError as error:
             what = "was deleted" if isinstance(error, FileNotFoundError) else f"is out of reach ({error.strerror})"
             raise DamagedFile(f"{self.name}: {what} while it was read, at byte {start}") from error
-        if _identity(now)[self._first :] != self._same_as[self._first :]:
+        identity, known = _identity(now), self._known
+        if identity[self._first :] == known[0][self._first :]:
+            return
+        if not _only_attributes(known, (identity, _attributes(now))):
             raise DamagedFile(f"{self.name}: {self._what_happened(now)} while it was read, at byte {start}")
+        self._known = identity, _attributes(now)
 
     def refuse(self, error: int, start: int, stop: int) -> None:
         """Say what an error of a reading that broke off at byte ``start`` means: an errno, or -1 for an early end.
@@ -147,7 +152,7 @@ class MappedFile:
         if now.st_size != self.size:
             verb = "shrank" if now.st_size < self.size else "grew"
             return f"{verb} from {self.size} to {now.st_size} bytes"
-        replaced = self._numbered and _identity(now)[:2] != self._same_as[:2]
+        replaced = self._numbered and _identity(now)[:2] != self._known[0][:2]
         if replaced:
             return "was replaced by another file"
         kept = now.st_mtime_ns == self.changed_ns
@@ -294,9 +299,25 @@ def _held_open(file: MappedFile) -> None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What stays as long as a run's file does. The last one nobody can put back; fingerprints do without it, for a copy
-    of a corpus, or one that was moved, is the same corpus."""
+    """What stays as long as a run's file does. The last one nobody can put back, though a change of attributes sets it
+    as well; fingerprints do without it, for a copy of a corpus, or one that was moved, is the same corpus."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _attributes(status: os.stat_result) -> tuple[int, ...]:
+    """What others may change of a file without touching its bytes: a backup links to it, an administrator gives it a
+    mode or an owner."""
+    return status.st_mode, status.st_nlink, status.st_uid, status.st_gid
+
+
+def _only_attributes(known: tuple[tuple[int, ...], ...], now: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether of a file's (identity, attributes) only the attributes are others, and the last time with them.
+
+    A write sets that time too, and may have put back the one before it, but leaves the attributes alone: where they are
+    as they were, the bytes count as touched. A sample of the content would not tell, for it misses what was written
+    beside it. What neither sees: a write, its time put back, and a change of attributes, all between two readings.
+    """
+    return now[0][:-1] == known[0][:-1] and now[1] != known[1]
 
 
 def _waits(descriptor: int, byte: int) -> bool:

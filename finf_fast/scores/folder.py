@@ -14,15 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from finf_fast.disk import naming, sync
+from finf_fast.disk import leftovers, naming, sync_folder
 from finf_fast.records import DamagedFile
 from finf_fast.scores import manifest as manifests
-from finf_fast.scores.files import RowFile, check_npy, check_size, datasync, lock, reserve, write_at
+from finf_fast.scores.files import RowFile, check_npy, check_size, datasync, lock, write_at
 
 LOCK = "lock"
 DONE = "done"
-# What may lie in a folder before its first manifest does: a run killed right there must be able to start again.
-BEFORE_MANIFEST = {LOCK, manifests.NAME + ".tmp"}
 
 
 class Memory:
@@ -90,6 +88,8 @@ class Folder:
             DamagedFile: a file is not what the manifest says.
         """
         self.done = check_folder(self.path, self.manifest)
+        for path in leftovers(self.path / manifests.NAME):
+            path.unlink()
         dtype = np.dtype(self.manifest["dtype"])
         for name, shape in manifests.arrays_of(self.manifest).items():
             self._files[name] = RowFile.open(array_path(self.path, name), shape, dtype)
@@ -133,14 +133,16 @@ class Folder:
     def _create_done(self) -> None:
         self.done = np.zeros(manifests.plan_of(self.manifest).blocks, np.uint8)
         self._done = os.open(self.path / DONE, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        reserve(self._done, len(self.done))
+        # Written, not reserved, which not every file system can: rows that found the last room must find their flags'.
+        write_at(self._done, memoryview(self.done), 0)
         os.fsync(self._done)
-        sync(self.path)
+        sync_folder(self.path)
 
     def _discard(self) -> None:
         """Takes away what a run that never got ready left; the manifest last, since it says whose files these are."""
         arrays = [array_path(self.path, name) for name in manifests.ARRAYS]
-        for path in (*arrays, self.path / DONE, self.path / f"{manifests.NAME}.tmp", self.path / manifests.NAME):
+        manifest = self.path / manifests.NAME
+        for path in (*arrays, self.path / DONE, *leftovers(manifest), manifest):
             path.unlink(missing_ok=True)
 
 
@@ -188,7 +190,9 @@ def take_lock(path: Path) -> int:
 def refuse_foreign(path: Path) -> None:
     """Raises ``ValueError`` when files lie there that no run of ours wrote."""
     # The list is taken before the look for a manifest: a run starting now writes its manifest before its arrays.
-    others = {entry.name for entry in path.iterdir()} - BEFORE_MANIFEST
+    others = {entry.name for entry in path.iterdir()} - {LOCK}
+    # A run killed before its first manifest must be able to start again.
+    others -= {entry.name for entry in leftovers(path / manifests.NAME)}
     if others and not (path / manifests.NAME).exists():
         shown = ", ".join(sorted(others)[:5])
         raise ValueError(f"out: wanted an empty folder or a result folder, got {path} with other files ({shown})")
