@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import finf_fast as ff
+from finf_fast.mirrors.passes import _same
 from mixing_models import Sorted, TimeFirst
 from nets import language_model
+
+INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -189,3 +192,41 @@ def test_positions_of_a_model_that_keeps_samples_elsewhere():
     alone, batched = (fitted(model, data(), n) for n in (1, 8))
     alike(batched, alone)
     assert batched.record["one_sample_at_a_time"]
+
+
+class MaskedClasses(nn.Module):
+    """The last of 5 classes is never there; with ``centred`` samples depend on others, in a way no gradient shows."""
+
+    def __init__(self, fill, centred=False):
+        super().__init__()
+        self.first, self.head, self.fill, self.centred = nn.Linear(6, 5), nn.Linear(5, 5), fill, centred
+
+    def forward(self, x):
+        z = self.head(torch.tanh(self.first(x)))
+        z = z - 0.1 * z.detach().mean(0) if self.centred else z
+        return z.masked_fill(torch.arange(5) == 4, self.fill)
+
+
+FILLS = [float("-inf"), torch.finfo(torch.float32).min, -1e9, -1e4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("settings", [{"convention": "reduce"}, {"kind": "ekfac"}])
+def test_masked_classes_neither_mix_samples_nor_hide_that_others_do(settings, fill, dtype):
+    torch.manual_seed(0)
+    x, y = data()
+    corpus = x[:20].mean(1).to(dtype), y[:20]
+    for centred in (False, True):
+        model = MaskedClasses(fill, centred).to(dtype).eval()
+        alone, batched = (fitted(model, corpus, n, dtype=torch.float64, **settings) for n in (1, 8))
+        assert bool(batched.record["one_sample_at_a_time"]) == centred
+        if dtype == torch.float64:
+            alike(batched, alone)
+
+
+@pytest.mark.parametrize("one, other", [([1.0, -INF], [1.0, INF]), ([1.0, 2.0], [1.0, INF]), ([NAN, 1.0], [NAN, 1.0])])
+def test_infinities_of_another_sign_and_nans_are_not_alike(one, other):
+    one, other = torch.tensor([one]), torch.tensor([other])
+    assert not _same(one, other, torch.cat([other, one]))
+    assert not _same(other, one, torch.cat([other, one]))

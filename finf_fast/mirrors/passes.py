@@ -19,6 +19,8 @@ __all__ = ["Pass", "Passes"]
 
 # Of the largest gradient at any layer: what is so much smaller is allowed its rounding in full.
 SMALL = 1e-3
+# Times the largest number that differs: beyond is what masked places are filled with, against which all else is small.
+FILLING = 100
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -151,11 +153,17 @@ def _heard(uses: list[Use], gradients: list[Tensor | None]) -> set[str]:
 
 
 def _same(one: Tensor, other: Tensor, among: Tensor) -> bool:
-    """Whether two tensors are alike, for such as they are part of."""
+    """Whether two tensors are alike, for such as they are part of; infinities and ids only where they are equal."""
     if one.shape != other.shape:
         return False
-    usual = among.double().norm() * (one.numel() / max(1, among.numel())) ** 0.5
-    return bool((one.double() - other.double()).norm() <= ALIKE * usual)
+    apart = one != other  # so that equal infinities have no difference, which would be NaN
+    if not bool(apart.any()) or not one.is_floating_point():
+        return not bool(apart.any())
+    one, other = one[apart].double(), other[apart].double()
+    gap, most = (one - other).norm(), torch.maximum(one.abs(), other.abs()).max()
+    comparable = among.masked_fill(among.abs() > FILLING * most, 0.0)
+    usual = torch.linalg.vector_norm(comparable, dtype=torch.float64) * (apart.numel() / among.numel()) ** 0.5
+    return bool(torch.isfinite(gap) & (gap <= ALIKE * usual))
 
 
 def _in_turn(plain: Tensor, weights: Tensor) -> Tensor:
