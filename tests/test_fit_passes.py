@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import finf_fast as ff
-from finf_fast.mirrors.passes import _same
+from finf_fast.mirrors.passes import Passes, _same
 from mixing_models import Sorted, TimeFirst
 from nets import language_model
 
@@ -68,6 +68,44 @@ class Shared(nn.Module):
         return self.head((x * torch.tanh(self.first(places))).mean(1))
 
 
+class LateShared(Shared):
+    """The same layer reads each sample's own, and what all share reaches large samples only."""
+
+    def forward(self, x):
+        places = torch.linspace(-1, 1, 2 * x.shape[1], dtype=x.dtype).view(-1, 2)
+        own, shared = (torch.tanh(self.first(t)) for t in (x[..., :2], places))
+        large = x.abs().amax((1, 2)) > 50
+        return self.head((x.sign() * (own + shared * large[:, None, None])).mean(1))
+
+
+class Routed(nn.Module):
+    """Experts, each for as many positions as chose it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        t = x.reshape(-1, 6)
+        share, chosen = self.gate(t).softmax(-1).max(-1)
+        out = torch.zeros_like(t)
+        for n, expert in enumerate(self.experts):
+            at = (chosen == n).nonzero()[:, 0]
+            out = out.index_add(0, at, share[at, None] * torch.tanh(expert(t[at])))
+        return self.head(out.view_as(x).mean(1))
+
+
+class LateSilent(Shared):
+    """Of large samples a layer reads one row more than there are samples, and nothing comes of it."""
+
+    def forward(self, x):
+        t = torch.tanh(x).mean(1)
+        if x.abs().max() > 50:
+            t = t + 0 * self.first(torch.cat([t, t[:1]])[:, :2])[: len(t)]
+        return self.head(t)
+
+
 class Placed(nn.Module):
     """Time first, with an embedding of positions that fits another order too where there are as many samples."""
 
@@ -103,11 +141,11 @@ def alike(factors, other):
         assert (mine[name] - values).norm() <= 1e-9 * values.norm(), name
 
 
-MODELS = [TimeFirst, Flattened, Encoder, SortedTexts, Late, Shared]
+MODELS = [TimeFirst, Flattened, Encoder, SortedTexts, Late, Shared, Routed]
 
 
 @pytest.mark.parametrize("size", [4, 8, 11, 28])  # time has 8 steps
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, LateShared, LateSilent])
 def test_samples_that_a_model_mixes_are_taken_one_by_one(model, size):
     torch.manual_seed(0)
     model = model().double().eval()
@@ -125,6 +163,27 @@ def test_positions_that_stand_for_themselves_stay_together_in_any_order(model):
     alone, batched = (fitted(model, data(), n) for n in (1, 8))
     alike(batched, alone)
     assert bool(batched.record["one_sample_at_a_time"]) == isinstance(model, Shared)
+
+
+@pytest.mark.parametrize("settings", [{}, {"convention": "reduce"}, {"kind": "ekfac"}])
+def test_a_layer_whose_gradient_is_zero_is_not_checked_again(settings, monkeypatch):
+    """As of a low-rank change that has not begun: its second factor is 0, and so is the gradient of its first."""
+    checked = []
+    alone = Passes._as_alone
+    monkeypatch.setattr(Passes, "_as_alone", lambda *args: checked.append(args) or alone(*args))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.Linear(3, 4)).double().eval()
+    nn.init.zeros_(model[2].weight)
+    x, y = data(24)
+    factors = fitted(model, (x, y), 8, **settings)
+    assert len(checked) == 1 and "1.weight" in factors.left
+
+
+def test_each_use_of_a_layer_is_checked_where_it_first_has_a_gradient():
+    torch.manual_seed(0)
+    model = LateShared().double().eval()
+    alone, batched = (fitted(model, data(), n).blocks["first.weight"].rows.values for n in (1, 8))
+    assert (alone - batched).norm() <= 1e-9 * alone.norm()
 
 
 class Masked(nn.Module):

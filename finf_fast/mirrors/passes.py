@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +26,9 @@ FILLING = 100
 GOLDEN = (5**0.5 - 1) / 2
 
 
+Call = tuple[str, int]
+
+
 class Pass(NamedTuple):
     """Layers' uses, the gradient of each one's output (None where nothing depends on it), B, and (B, L) which tokens
     are there, or None."""
@@ -37,11 +42,11 @@ class Pass(NamedTuple):
 class Passes:
     """Takes batches whole, or one sample at a time from where the model is seen to mix them.
 
-    The first batch of every kind, and the first with another layer in it, is checked: its samples' losses are weighted,
-    each with a weight of its own, and so must be the gradients at each one's positions, or, where their order does not
-    matter, at each position by some one's; and a few samples must have the model's output that they have alone, and
-    where order matters their layers must read the same. A loss that couples its samples, and so knows none alone, is
-    taken as it is where order does not matter.
+    The first batch of every kind, and the first where another use of a layer has a gradient, is checked: its samples'
+    losses are weighted, each with a weight of its own, and so must be the gradients at each one's positions, or, where
+    their order does not matter, at each position by some one's; and a few samples must have the model's output that
+    they have alone, and where order matters their layers must read the same. A loss that couples its samples, and so
+    knows none alone, is taken as it is where order does not matter.
 
     Args:
         body: the model's stand-in.
@@ -63,7 +68,7 @@ class Passes:
         ordered: bool,
     ):
         self._body, self._names, self._output, self._judged, self._ordered = body, names, output, judged, ordered
-        self._proven: dict[tuple[Any, ...], set[str]] = {}  # kind of batch -> layers that were right
+        self._proven: dict[tuple[Any, ...], set[Call]] = {}  # kind of batch -> uses that were right
         self._fixed = {slot.tensor.untyped_storage().data_ptr() for slot in body.slots.values()}
         self.alone = ""
 
@@ -90,16 +95,20 @@ class Passes:
         with each_its_own(watch, samples if ordered else 1, self._fixed):
             value = self._output(batch)
         losses = self._judged(value, batch, indices)
-        kind = (samples, samples == longest(batch), longest(batch) % samples == 0)
-        fresh = samples > 1 and not {use.weight for use in watch.uses} <= self._proven.get(kind, set())
-        gradients = watch.gradients(losses.sum(), again=fresh)
-        if fresh:
+        kind, calls = (samples, samples == longest(batch), longest(batch) % samples == 0), _calls(watch.uses)
+        proven = self._proven.setdefault(kind, set())
+        unsure = samples > 1 and not proven.issuperset(calls)
+        gradients = watch.gradients(losses.sum(), again=unsure)
+        if ordered:
+            _require_whole(watch.uses, gradients, samples)
+        felt = _felt(calls, gradients) - proven if unsure else set()
+        if felt:  # a gradient of zeros says nothing of whose its positions are
             weights = 1 + torch.arange(samples, dtype=losses.dtype, device=losses.device) * GOLDEN % 1
             weighted = watch.gradients((losses * weights).sum())
             free = not ordered and not watch.given
             if self._as_alone(batch, value.detach(), watch.uses if ordered else [], free):
                 _check_told_apart(watch.uses, gradients, weighted, weights, ordered)
-            self._proven.setdefault(kind, set()).update(_heard(watch.uses, gradients))
+            proven |= felt
         return Pass(watch.uses, gradients, samples, mask)
 
     def _as_alone(self, batch: Any, value: Tensor, uses: list[Use], free: bool) -> bool:
@@ -138,18 +147,32 @@ def _check_told_apart(
     ]
     most = max((plain.norm() for _, plain, _ in pairs), default=0.0)
     for use, plain, other in pairs:
-        if positions_of(use, len(weights)) is None:
-            raise Mixed(f"{use.weight}, at {len(plain)} positions of {len(weights)} samples")
         own = _in_turn(plain, weights) if ordered else _nearest(plain, other, weights)
         gap = torch.addcmul(other, own[:, None], plain, value=-1).norm()
         if not bool(gap <= ALIKE * (plain.norm() + SMALL * most)):
             raise Mixed(f"{use.weight}, at whose positions samples cannot be told apart")
 
 
-def _heard(uses: list[Use], gradients: list[Tensor | None]) -> set[str]:
-    """Names of the weights whose gradients say something about their positions, or are never there."""
-    silent = {use.weight for use, g in zip(uses, gradients, strict=True) if g is not None and not bool(g.any())}
-    return {use.weight for use in uses} - silent
+def _require_whole(uses: list[Use], gradients: list[Tensor | None], samples: int) -> None:
+    """Raises :class:`Mixed` where positions cannot lie sample by sample, for there are not as many for each."""
+    for use, gradient in zip(uses, gradients, strict=True):
+        if gradient is not None and positions_of(use, samples) is None:
+            raise Mixed(f"{use.weight}, at {math.prod(use.lead)} positions of {samples} samples")
+
+
+def _calls(uses: list[Use]) -> list[Call]:
+    """Name of each use's weight, and how many uses of it came before."""
+    before: Counter[str] = Counter()
+    calls = []
+    for use in uses:
+        calls.append((use.weight, before[use.weight]))
+        before[use.weight] += 1
+    return calls
+
+
+def _felt(calls: list[Call], gradients: list[Tensor | None]) -> set[Call]:
+    """Those whose gradient is not zero."""
+    return {call for call, g in zip(calls, gradients, strict=True) if g is not None and bool(g.any())}
 
 
 def _same(one: Tensor, other: Tensor, among: Tensor) -> bool:
