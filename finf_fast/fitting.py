@@ -280,10 +280,9 @@ class _Run:
         return found
 
     def _note(self, value: Tensor, batch: Any, indices: np.ndarray) -> None:
-        """Each sample's own loss, once."""
-        if int(indices[0]) not in self._losses:
-            own = self._loss.judged(value, batch)
-            self._losses.update(zip(indices.tolist(), own.double().tolist(), strict=True))
+        """Each sample's own loss, in place of what it was in a batch that had to be taken in another way."""
+        own = self._loss.judged(value, batch)
+        self._losses.update(zip(indices.tolist(), own.double().tolist(), strict=True))
 
     def _mean_loss(self) -> float:
         """Mean of |loss| over the samples that have one."""

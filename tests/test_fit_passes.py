@@ -11,6 +11,7 @@ from finf_fast.mirrors.passes import Passes, _same
 from mixing_models import Sorted, TimeFirst
 from nets import language_model
 
+SETTINGS = [{}, {"convention": "reduce"}, {"kind": "ekfac"}]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -165,7 +166,7 @@ def test_positions_that_stand_for_themselves_stay_together_in_any_order(model):
     assert bool(batched.record["one_sample_at_a_time"]) == isinstance(model, Shared)
 
 
-@pytest.mark.parametrize("settings", [{}, {"convention": "reduce"}, {"kind": "ekfac"}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_a_layer_whose_gradient_is_zero_is_not_checked_again(settings, monkeypatch):
     """As of a low-rank change that has not begun: its second factor is 0, and so is the gradient of its first."""
     checked = []
@@ -232,7 +233,7 @@ def test_gradients_of_rounding_alone_mix_nothing(kind):
     assert not factors.record["one_sample_at_a_time"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"convention": "reduce"}, {"kind": "ekfac"}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_positions_that_samples_share_are_each_ones_own(settings):
     """Embeddings of positions, of ragged texts: together, and as if one by one."""
     transformers = pytest.importorskip("transformers")
@@ -289,3 +290,61 @@ def test_infinities_of_another_sign_and_nans_are_not_alike(one, other):
     one, other = torch.tensor([one]), torch.tensor([other])
     assert not _same(one, other, torch.cat([other, one]))
     assert not _same(other, one, torch.cat([other, one]))
+
+
+class Patches(nn.Module):
+    """Images, whose patches and one token more have places."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, 6, 4, 4), nn.Parameter(torch.randn(1, 1, 6))
+        self.places, self.head = nn.Embedding(7, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        t = torch.cat([self.token.expand(len(x), 1, 6), self.patch(x).flatten(2).mT], 1)
+        return self.head(torch.tanh(t + self.places(torch.arange(5) + 2)).mean(1))
+
+
+class Prototypes(nn.Module):
+    """Classes that have an embedding each; as many copies of it would make logits of another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.classes = nn.Linear(192, 6), nn.Embedding(4, 6)
+
+    def forward(self, x):
+        return torch.tanh(self.first(x.flatten(1))) @ self.classes(torch.arange(4)).mT
+
+
+class Numbered(nn.Module):
+    """Words of all samples in one row, which may count up."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(90, 6), nn.Linear(6, 4)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.words(ids.reshape(-1))).view(len(ids), -1, 6).mean(1))
+
+
+@pytest.mark.parametrize("size", [5, 8])  # there are 5 places
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("model", [Patches, Prototypes])
+def test_places_of_images_are_each_ones_own_where_a_model_can_take_them_so(model, settings, size):
+    torch.manual_seed(0)
+    model, corpus = model().double().eval(), (torch.randn(28, 3, 8, 8).double(), torch.randint(0, 4, (28,)))
+    alone, batched = (fitted(model, corpus, n, **settings) for n in (1, size))
+    assert bool(batched.record["one_sample_at_a_time"]) == isinstance(model, Prototypes)
+    alike(batched, alone)
+
+
+@pytest.mark.parametrize("words", [1, 3])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_words_that_count_up_in_a_later_batch_are_no_places(settings, words):
+    torch.manual_seed(0)
+    model, ids = Numbered().double().eval(), torch.arange(28 * words).view(28, words)
+    ids[:8] = ids[:8].flip(0)
+    alone, batched = (fitted(model, (ids, torch.arange(28) % 4), n, **settings) for n in (1, 8))
+    alike(batched, alone)
+    assert not batched.record["one_sample_at_a_time"]
+    assert batched.record["mean_loss"] == pytest.approx(alone.record["mean_loss"], rel=1e-12)

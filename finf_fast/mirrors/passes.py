@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finf_fast.mirrors.body import ALIKE
 from finf_fast.mirrors.query import longest, tree_map
-from finf_fast.mirrors.watch import Use, Watch, each_its_own, positions_of
+from finf_fast.mirrors.watch import Use, Watch, each_its_own, owned, positions_of
 from finf_fast.order import Mixed
 from finf_fast.skeleton import Skeleton
 
@@ -70,11 +70,11 @@ class Passes:
         self._body, self._names, self._output, self._judged, self._ordered = body, names, output, judged, ordered
         self._proven: dict[tuple[Any, ...], set[Call]] = {}  # kind of batch -> uses that were right
         self._fixed = {slot.tensor.untyped_storage().data_ptr() for slot in body.slots.values()}
-        self.alone = ""
+        self._gives, self.alone = True, ""  # whether each sample is given positions of its own, where they are shared
 
     def of(self, batch: Any, indices: np.ndarray) -> Iterator[Pass]:
         """The passes that a batch takes, of the samples with these indices."""
-        together = None if self.alone else self._together(batch, indices)
+        together = self._together(batch, indices)
         if together is not None:
             yield together
             return
@@ -82,21 +82,24 @@ class Passes:
             yield self._pass(_single(batch, row), indices[row : row + 1])
 
     def _together(self, batch: Any, indices: np.ndarray) -> Pass | None:
-        try:
-            return self._pass(batch, indices)
-        except Mixed as error:
-            self.alone = str(error)
-            return None
+        while not self.alone:
+            try:
+                return self._pass(batch, indices)
+            except Mixed as error:
+                self.alone = "" if self._gives else str(error)
+                self._gives = False  # what counts up may be ids of the samples themselves
+        return None
 
     def _pass(self, batch: Any, indices: np.ndarray) -> Pass:
         samples, mask = len(indices), _mask(batch)
         ordered = self._ordered or mask is not None
-        watch = Watch(self._body, self._names, samples, longest(batch))
+        watch = Watch(self._body, self._names, samples if self._gives else 0, longest(batch))
         with each_its_own(watch, samples if ordered else 1, self._fixed):
             value = self._output(batch)
-        losses = self._judged(value, batch, indices)
-        kind, calls = (samples, samples == longest(batch), longest(batch) % samples == 0), _calls(watch.uses)
-        proven = self._proven.setdefault(kind, set())
+        with owned(watch):
+            losses = self._judged(value, batch, indices)
+        kind = (samples, samples == longest(batch), longest(batch) % samples == 0, watch.given)
+        proven, calls = self._proven.setdefault(kind, set()), _calls(watch.uses)
         unsure = samples > 1 and not proven.issuperset(calls)
         gradients = watch.gradients(losses.sum(), again=unsure)
         if ordered:
