@@ -93,7 +93,7 @@ class Passes:
     def _pass(self, batch: Any, indices: np.ndarray) -> Pass:
         samples, mask = len(indices), _mask(batch)
         ordered = self._ordered or mask is not None
-        watch = Watch(self._body, self._names, samples if self._gives else 0, longest(batch))
+        watch = Watch(self._body, self._names, samples if self._gives else 0, longest(batch), one_each=True)
         with each_its_own(watch, samples if ordered else 1, self._fixed):
             value = self._output(batch)
         with owned(watch):
