@@ -348,3 +348,18 @@ def test_words_that_count_up_in_a_later_batch_are_no_places(settings, words):
     alike(batched, alone)
     assert not batched.record["one_sample_at_a_time"]
     assert batched.record["mean_loss"] == pytest.approx(alone.record["mean_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "ekfac"}])  # reduced gradients of attention's keys are rounding
+def test_a_weight_that_samples_share_can_be_left_out(settings):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=30, **sizes)).double().eval()
+    corpus = {"input_ids": torch.randint(1, 30, (20, 6)), "labels": torch.randint(1, 30, (20, 4))}
+    for params in (None, lambda name: "relative_attention_bias" not in name):
+        options = {"loss": "seq2seq", "params": params, **settings}
+        alone, batched = (fitted(model, corpus, n, **options) for n in (1, 7))
+        assert ("relative_attention_bias" in batched.record["one_sample_at_a_time"]) == (params is None)
+        assert bool(batched.record["one_sample_at_a_time"]) == (params is None)
+        alike(batched, alone)
