@@ -292,6 +292,12 @@ def test_infinities_of_another_sign_and_nans_are_not_alike(one, other):
     assert not _same(other, one, torch.cat([other, one]))
 
 
+def test_a_sample_whose_one_number_is_near_zero_is_judged_by_those_of_others():
+    among = torch.tensor([[1e-6], [1.0], [-2.0], [0.5]])
+    assert _same(torch.tensor([[2e-6]]), among[:1], among)
+    assert not _same(torch.tensor([[1e-2]]), among[:1], among)
+
+
 class Patches(nn.Module):
     """Images, whose patches and one token more have places."""
 

@@ -187,9 +187,17 @@ def _same(one: Tensor, other: Tensor, among: Tensor) -> bool:
         return not bool(apart.any())
     one, other = one[apart].double(), other[apart].double()
     gap, most = (one - other).norm(), torch.maximum(one.abs(), other.abs()).max()
-    comparable = among.masked_fill(among.abs() > FILLING * most, 0.0)
-    usual = torch.linalg.vector_norm(comparable, dtype=torch.float64) * (apart.numel() / among.numel()) ** 0.5
+    usual = torch.linalg.vector_norm(_unfilled(among, FILLING * most), dtype=torch.float64)
+    usual = usual * (apart.numel() / among.numel()) ** 0.5
     return bool(torch.isfinite(gap) & (gap <= ALIKE * usual))
+
+
+def _unfilled(values: Tensor, limit: Tensor) -> Tensor:
+    """The values, with 0 in place of those beyond a limit if they are all one: what a mask fills places with."""
+    beyond = values.abs() > limit
+    filled = values[beyond]
+    constant = len(filled) > 1 and bool(filled.min() == filled.max())
+    return values.masked_fill(beyond, 0.0) if constant else values
 
 
 def _in_turn(plain: Tensor, weights: Tensor) -> Tensor:
