@@ -67,9 +67,15 @@ def fit_factors(
     """Fits curvature factors of a model on a sample of its training data, for the preconditioned mirror methods.
 
     The model runs in eval mode and is not modified. The curvature is that of the mean loss over samples, each sample's
-    mean over tokens included. Layers see batches of samples; from where their positions cannot be told apart by sample
-    and must be (time first, rows sorted, rows that all samples share), they see one sample at a time, and
-    ``record["one_sample_at_a_time"]`` says why. What each kind holds:
+    mean over tokens included. Layers see batches of samples; from where positions cannot be told apart by sample and
+    must be, they see one sample at a time, at the price of ``batch_size=1`` (ten to sixty times as long for a small
+    model), and ``record["one_sample_at_a_time"]`` says which layer or call it was. That is so where samples do not lie
+    first and in order (time first, rows sorted or sent to experts), unless ``kind="kfac"`` expands them and there is no
+    ``attention_mask``; and always where a layer's positions are of several samples at once, such as T5's
+    ``relative_attention_bias``, which all share: a ``params`` that leaves that weight out, and so still, keeps batches
+    whole. An embedding of positions 0, 1, ... is given to every sample as its own if the model then gives the same.
+
+    What each kind holds:
 
     * ``"kfac"``: of every linear layer, Hugging Face Conv1D, convolution with one group, embedding, and projection of a
       self-attention in ``nn.MultiheadAttention``, two factors whose Kronecker product stands for the curvature of
@@ -280,10 +286,9 @@ class _Run:
         return found
 
     def _note(self, value: Tensor, batch: Any, indices: np.ndarray) -> None:
-        """Each sample's own loss, once."""
-        if int(indices[0]) not in self._losses:
-            own = self._loss.judged(value, batch)
-            self._losses.update(zip(indices.tolist(), own.double().tolist(), strict=True))
+        """Each sample's own loss, in place of what it was in a batch that had to be taken in another way."""
+        own = self._loss.judged(value, batch)
+        self._losses.update(zip(indices.tolist(), own.double().tolist(), strict=True))
 
     def _mean_loss(self) -> float:
         """Mean of |loss| over the samples that have one."""

@@ -63,6 +63,38 @@ def test_conjugate_gradients_on_what_was_learnt_by_heart():
     assert update.record["iterations"] < 200
 
 
+class MaskedLogits(nn.Module):
+    """Of the classes that a model knows the last is never there."""
+
+    def __init__(self, model, fill):
+        super().__init__()
+        self.model, self.fill = model, fill
+
+    def forward(self, x):
+        return F.pad(self.model(x), (0, 1), value=self.fill)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "masked_lm", "causal_lm"])
+def test_classes_masked_by_infinity_count_for_nothing(loss):
+    """As with a finite logit so low that its probability is 0 too."""
+    torch.manual_seed(0)
+    if loss == "cross_entropy":
+        model, corpus = mlp()
+        query = tuple(part[:2] for part in corpus)
+    else:
+        model = nn.Sequential(nn.Embedding(7, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+        ids = torch.randint(0, 7, (20, 6))
+        corpus = ids if loss == "causal_lm" else (ids, ids)
+        query = ids[:2] if loss == "causal_lm" else (ids[:2], ids[:2])
+    steps = []
+    for fill in (float("-inf"), -1e5):
+        masked = MaskedLogits(model, fill).eval()
+        factors = ff.fit_factors(masked, corpus, kind="cg", loss=loss, progress=False)
+        steps.append(ff.mirror(masked, query, method="cg", factors=factors, loss=loss).params)
+    for name, step in steps[1].items():
+        assert torch.equal(dense(steps[0][name]), dense(step)), name
+
+
 class Bagged(nn.Sequential):
     def __init__(self):
         super().__init__(nn.EmbeddingBag(10, 6), nn.Tanh(), nn.Linear(6, 3))

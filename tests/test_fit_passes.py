@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 import finf_fast as ff
+from finf_fast.mirrors.passes import Passes, _same
 from mixing_models import Sorted, TimeFirst
 from nets import language_model
+
+SETTINGS = [{}, {"convention": "reduce"}, {"kind": "ekfac"}]
+INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,6 +69,44 @@ class Shared(nn.Module):
         return self.head((x * torch.tanh(self.first(places))).mean(1))
 
 
+class LateShared(Shared):
+    """The same layer reads each sample's own, and what all share reaches large samples only."""
+
+    def forward(self, x):
+        places = torch.linspace(-1, 1, 2 * x.shape[1], dtype=x.dtype).view(-1, 2)
+        own, shared = (torch.tanh(self.first(t)) for t in (x[..., :2], places))
+        large = x.abs().amax((1, 2)) > 50
+        return self.head((x.sign() * (own + shared * large[:, None, None])).mean(1))
+
+
+class Routed(nn.Module):
+    """Experts, each for as many positions as chose it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        t = x.reshape(-1, 6)
+        share, chosen = self.gate(t).softmax(-1).max(-1)
+        out = torch.zeros_like(t)
+        for n, expert in enumerate(self.experts):
+            at = (chosen == n).nonzero()[:, 0]
+            out = out.index_add(0, at, share[at, None] * torch.tanh(expert(t[at])))
+        return self.head(out.view_as(x).mean(1))
+
+
+class LateSilent(Shared):
+    """Of large samples a layer reads one row more than there are samples, and nothing comes of it."""
+
+    def forward(self, x):
+        t = torch.tanh(x).mean(1)
+        if x.abs().max() > 50:
+            t = t + 0 * self.first(torch.cat([t, t[:1]])[:, :2])[: len(t)]
+        return self.head(t)
+
+
 class Placed(nn.Module):
     """Time first, with an embedding of positions that fits another order too where there are as many samples."""
 
@@ -100,11 +142,11 @@ def alike(factors, other):
         assert (mine[name] - values).norm() <= 1e-9 * values.norm(), name
 
 
-MODELS = [TimeFirst, Flattened, Encoder, SortedTexts, Late, Shared]
+MODELS = [TimeFirst, Flattened, Encoder, SortedTexts, Late, Shared, Routed]
 
 
 @pytest.mark.parametrize("size", [4, 8, 11, 28])  # time has 8 steps
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, LateShared, LateSilent])
 def test_samples_that_a_model_mixes_are_taken_one_by_one(model, size):
     torch.manual_seed(0)
     model = model().double().eval()
@@ -122,6 +164,27 @@ def test_positions_that_stand_for_themselves_stay_together_in_any_order(model):
     alone, batched = (fitted(model, data(), n) for n in (1, 8))
     alike(batched, alone)
     assert bool(batched.record["one_sample_at_a_time"]) == isinstance(model, Shared)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_layer_whose_gradient_is_zero_is_not_checked_again(settings, monkeypatch):
+    """As of a low-rank change that has not begun: its second factor is 0, and so is the gradient of its first."""
+    checked = []
+    alone = Passes._as_alone
+    monkeypatch.setattr(Passes, "_as_alone", lambda *args: checked.append(args) or alone(*args))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.Linear(3, 4)).double().eval()
+    nn.init.zeros_(model[2].weight)
+    x, y = data(24)
+    factors = fitted(model, (x, y), 8, **settings)
+    assert len(checked) == 1 and "1.weight" in factors.left
+
+
+def test_each_use_of_a_layer_is_checked_where_it_first_has_a_gradient():
+    torch.manual_seed(0)
+    model = LateShared().double().eval()
+    alone, batched = (fitted(model, data(), n).blocks["first.weight"].rows.values for n in (1, 8))
+    assert (alone - batched).norm() <= 1e-9 * alone.norm()
 
 
 class Masked(nn.Module):
@@ -170,7 +233,7 @@ def test_gradients_of_rounding_alone_mix_nothing(kind):
     assert not factors.record["one_sample_at_a_time"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"convention": "reduce"}, {"kind": "ekfac"}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_positions_that_samples_share_are_each_ones_own(settings):
     """Embeddings of positions, of ragged texts: together, and as if one by one."""
     transformers = pytest.importorskip("transformers")
@@ -189,3 +252,120 @@ def test_positions_of_a_model_that_keeps_samples_elsewhere():
     alone, batched = (fitted(model, data(), n) for n in (1, 8))
     alike(batched, alone)
     assert batched.record["one_sample_at_a_time"]
+
+
+class MaskedClasses(nn.Module):
+    """The last of 5 classes is never there; with ``centred`` samples depend on others, in a way no gradient shows."""
+
+    def __init__(self, fill, centred=False):
+        super().__init__()
+        self.first, self.head, self.fill, self.centred = nn.Linear(6, 5), nn.Linear(5, 5), fill, centred
+
+    def forward(self, x):
+        z = self.head(torch.tanh(self.first(x)))
+        z = z - 0.1 * z.detach().mean(0) if self.centred else z
+        return z.masked_fill(torch.arange(5) == 4, self.fill)
+
+
+FILLS = [float("-inf"), torch.finfo(torch.float32).min, -1e9, -1e4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("settings", [{"convention": "reduce"}, {"kind": "ekfac"}])
+def test_masked_classes_neither_mix_samples_nor_hide_that_others_do(settings, fill, dtype):
+    torch.manual_seed(0)
+    x, y = data()
+    corpus = x[:20].mean(1).to(dtype), y[:20]
+    for centred in (False, True):
+        model = MaskedClasses(fill, centred).to(dtype).eval()
+        alone, batched = (fitted(model, corpus, n, dtype=torch.float64, **settings) for n in (1, 8))
+        assert bool(batched.record["one_sample_at_a_time"]) == centred
+        if dtype == torch.float64:
+            alike(batched, alone)
+
+
+@pytest.mark.parametrize("one, other", [([1.0, -INF], [1.0, INF]), ([1.0, 2.0], [1.0, INF]), ([NAN, 1.0], [NAN, 1.0])])
+def test_infinities_of_another_sign_and_nans_are_not_alike(one, other):
+    one, other = torch.tensor([one]), torch.tensor([other])
+    assert not _same(one, other, torch.cat([other, one]))
+    assert not _same(other, one, torch.cat([other, one]))
+
+
+def test_a_sample_whose_one_number_is_near_zero_is_judged_by_those_of_others():
+    among = torch.tensor([[1e-6], [1.0], [-2.0], [0.5]])
+    assert _same(torch.tensor([[2e-6]]), among[:1], among)
+    assert not _same(torch.tensor([[1e-2]]), among[:1], among)
+
+
+class Patches(nn.Module):
+    """Images, whose patches and one token more have places."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, 6, 4, 4), nn.Parameter(torch.randn(1, 1, 6))
+        self.places, self.head = nn.Embedding(7, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        t = torch.cat([self.token.expand(len(x), 1, 6), self.patch(x).flatten(2).mT], 1)
+        return self.head(torch.tanh(t + self.places(torch.arange(5) + 2)).mean(1))
+
+
+class Prototypes(nn.Module):
+    """Classes that have an embedding each; as many copies of it would make logits of another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.classes = nn.Linear(192, 6), nn.Embedding(4, 6)
+
+    def forward(self, x):
+        return torch.tanh(self.first(x.flatten(1))) @ self.classes(torch.arange(4)).mT
+
+
+class Numbered(nn.Module):
+    """Words of all samples in one row, which may count up."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(90, 6), nn.Linear(6, 4)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.words(ids.reshape(-1))).view(len(ids), -1, 6).mean(1))
+
+
+@pytest.mark.parametrize("size", [5, 8])  # there are 5 places
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("model", [Patches, Prototypes])
+def test_places_of_images_are_each_ones_own_where_a_model_can_take_them_so(model, settings, size):
+    torch.manual_seed(0)
+    model, corpus = model().double().eval(), (torch.randn(28, 3, 8, 8).double(), torch.randint(0, 4, (28,)))
+    alone, batched = (fitted(model, corpus, n, **settings) for n in (1, size))
+    assert bool(batched.record["one_sample_at_a_time"]) == isinstance(model, Prototypes)
+    alike(batched, alone)
+
+
+@pytest.mark.parametrize("words", [1, 3])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_words_that_count_up_in_a_later_batch_are_no_places(settings, words):
+    torch.manual_seed(0)
+    model, ids = Numbered().double().eval(), torch.arange(28 * words).view(28, words)
+    ids[:8] = ids[:8].flip(0)
+    alone, batched = (fitted(model, (ids, torch.arange(28) % 4), n, **settings) for n in (1, 8))
+    alike(batched, alone)
+    assert not batched.record["one_sample_at_a_time"]
+    assert batched.record["mean_loss"] == pytest.approx(alone.record["mean_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "ekfac"}])  # reduced gradients of attention's keys are rounding
+def test_a_weight_that_samples_share_can_be_left_out(settings):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=30, **sizes)).double().eval()
+    corpus = {"input_ids": torch.randint(1, 30, (20, 6)), "labels": torch.randint(1, 30, (20, 4))}
+    for params in (None, lambda name: "relative_attention_bias" not in name):
+        options = {"loss": "seq2seq", "params": params, **settings}
+        alone, batched = (fitted(model, corpus, n, **options) for n in (1, 7))
+        assert ("relative_attention_bias" in batched.record["one_sample_at_a_time"]) == (params is None)
+        assert bool(batched.record["one_sample_at_a_time"]) == (params is None)
+        alike(batched, alone)

@@ -304,6 +304,40 @@ def test_numbers_that_have_the_shape_of_positions(passes):
             _close(update, ff.mirror(model, {key: x[q : q + 1] for key, x in rows.items()}, **options))
 
 
+class Rows(nn.Module):
+    """Images whose rows have places."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.places, self.head = nn.Linear(4, 6), nn.Embedding(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.up(x.flatten(1, 2)) + self.places(torch.arange(5))).mean(1))
+
+
+class Users(nn.Module):
+    """Of which each has a number, and in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.users, self.head = nn.Embedding(N, 6), nn.Linear(6, 4)
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.users(number)))
+
+
+@pytest.mark.parametrize(("model", "x"), [(Rows, torch.randn(N, 1, 5, 4)), (Users, torch.arange(N))])
+def test_ids_that_count_up(model, x, passes):
+    torch.manual_seed(2)
+    model, rows = model().eval(), (x, torch.randint(4, (N,)))
+    factors = ff.fit_factors(model, rows, progress=False)
+    assert not factors.record["one_sample_at_a_time"]
+    updates = mirrors_of(model, _few(rows, slice(Q)), method="kfac", factors=factors)
+    for q, update in enumerate(updates):
+        _close(update, ff.mirror(model, _few(rows, slice(q, q + 1)), method="kfac", factors=factors))
+    assert passes[:2] == [1, Q - 1]
+
+
 def test_a_loss_that_couples_the_rows_of_a_group(passes):
     def contrast(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         one, other = (F.normalize(model(x), dim=-1) for x in batch)

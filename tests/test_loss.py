@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from finf_fast import loss as losses
+from finf_fast.loss.entropy import _drawn
 from finf_fast.records import BadSample
 
 torch.manual_seed(0)
@@ -167,3 +168,9 @@ def test_a_callable_must_answer_per_sample():
         losses.resolve(lambda model, batch: batch[0].sum()).output(None, (torch.ones(3),))
     got = losses.resolve(lambda model, batch: batch[0] * 2).output(None, (torch.ones(3),))
     assert got.tolist() == [2, 2, 2]
+
+
+def test_no_masked_class_is_drawn_where_the_uniform_number_rounds_to_one():
+    z = torch.tensor([[0.0, 1.0, -torch.inf]]).expand(3, 3)
+    drawn = _drawn(z, torch.tensor([-9.0, 5.6, 9.0]))
+    assert drawn.tolist() == [0, 1, 1]

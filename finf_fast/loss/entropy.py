@@ -151,6 +151,7 @@ class CrossEntropy(Loss):
         signed = p.sqrt() * torch.where(draw(value.shape[1:]) < 0, -1.0, 1.0)
         along = signed - p * signed.sum(-1, keepdim=True)
         weights = counted * self._weights(counted).sqrt()[:, None]
+        value = value.masked_fill(p == 0, 0.0)  # a masked class has no part in it, and -inf * 0 is NaN
         return (value * along.to(value) * weights.view(*value.shape[:-1], 1)).flatten(1).sum(1)
 
     def gauss_newton(self, value: Tensor, batch: Any, tangent: Tensor) -> Tensor:
@@ -275,8 +276,10 @@ class Seq2Seq(CrossEntropy):
 def _drawn(z: Tensor, normal: Tensor) -> Tensor:
     """(N,) classes drawn from softmax(z), z (N, V): where each row's uniform number, Φ(normal), falls in the sums."""
     sums = z.softmax(-1).cumsum(-1)
-    wanted = torch.special.ndtr(normal.reshape(-1, 1).double()).to(sums) * sums[:, -1:]
-    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=z.shape[-1] - 1)
+    last = sums[:, -1:]
+    wanted = torch.special.ndtr(normal.reshape(-1, 1).double()).to(sums) * last
+    wanted = wanted.minimum(last.nextafter(torch.zeros_like(last)))  # Φ may round to 1, and the last class be masked
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=z.shape[-1] - 1)  # of NaN it is behind
 
 
 def _token_logits(logits: Tensor) -> Tensor:

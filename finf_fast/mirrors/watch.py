@@ -70,16 +70,19 @@ class Watch(TorchFunctionMode):
         body: whose layers; a parameter among ``names`` is handed to them without its graph.
         names: of parameters.
         samples: B of the batch, where an embedding of positions, whose rows all samples share, is to give every sample
-            its own; 0: as it is.
+            its own; 0: as it is. What looks like such ids need not be, so whoever asks for it checks what comes of it.
         length: of a sample's first dimension.
+        one_each: whether that goes for ids that count up even where there are B of them, which may as well be one for
+            each sample.
 
     Attributes:
-        given: name of an embedding of which that was done; none: "".
+        given: names of the embeddings of which that was done, one a use.
     """
 
-    def __init__(self, body: Skeleton, names: list[str], samples: int = 0, length: int = 0):
+    def __init__(self, body: Skeleton, names: list[str], samples: int = 0, length: int = 0, one_each: bool = False):
         super().__init__()
-        self._samples, self._length, self.given = samples, length, ""
+        self._samples, self._length, self._one_each = samples, length, one_each
+        self.given: tuple[str, ...] = ()
         self._names = {id(tensor): name for name, tensor in body.base(names).items()}
         self.uses: list[Use] = []
 
@@ -121,10 +124,17 @@ class Watch(TorchFunctionMode):
 
     def own_ids(self, ids: Tensor, name: str) -> Tensor:
         """Ids of positions (L,) or (1, L) as (B, L), where every sample is to have its own."""
-        if self._samples < 2 or tuple(ids.shape) not in ((self._length,), (1, *ids.shape[1:2])):
+        if self._samples < 2 or not (self._of_places(ids) or self._counted(ids)):
             return ids
-        self.given = name
+        self.given = (*self.given, name)
         return ids.expand(self._samples, ids.shape[-1])
+
+    def _of_places(self, ids: Tensor) -> bool:
+        return tuple(ids.shape) in ((self._length,), (1, *ids.shape[1:2]))
+
+    def _counted(self, ids: Tensor) -> bool:
+        several = ids.dim() == 1 and len(ids) > 1 and (self._one_each or len(ids) != self._samples)
+        return several and bool((ids.diff() == 1).all())
 
     def still(self, bias: Tensor | None) -> Tensor | None:
         """A bias that is watched without its graph; another as it is."""
@@ -147,16 +157,26 @@ def each_its_own(watch: Watch, samples: int, fixed: Container[int]) -> Iterator[
         samples, fixed: as :class:`finf_fast.order.InOrder` takes them.
 
     Raises:
-        Mixed: a call may move samples, or fails because every sample was given its own positions.
+        Mixed: a call may move samples, or as in :func:`owned`.
+    """
+    with owned(watch), watch, InOrder(samples, fixed):
+        yield
+
+
+@contextlib.contextmanager
+def owned(watch: Watch) -> Iterator[None]:
+    """What is made of a batch after its forward.
+
+    Raises:
+        Mixed: it fails, perhaps because every sample was given its own positions.
     """
     try:
-        with watch, InOrder(samples, fixed):
-            yield
-    except torch.OutOfMemoryError:
+        yield
+    except (torch.OutOfMemoryError, Mixed):
         raise
-    except RuntimeError as error:
+    except Exception as error:  # a model's and a loss' own, of shapes they do not expect: each sample alone says if so
         if watch.given:
-            raise Mixed(f"{watch.given}, whose rows all samples share ({error})") from error
+            raise Mixed(f"{watch.given[-1]}, whose rows all samples share ({error})") from error
         raise
 
 
