@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import resource
 import statistics
 import time
@@ -19,16 +20,19 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round, after one that is not counted (first touch of memory, threads starting).
 
-    ``before`` is called before every one, and takes no time.
+    ``before`` is called before every one, and takes no time. The order is drawn anew each round: none always follows
+    the same one, whose memory, freed or still in a cache, it would find.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    turns, draw = list(ways.items()), random.Random(0)
     for counted in [False] + [True] * rounds:
-        for name, work in ways.items():
+        for name, work in turns:
             before()
             since = time.perf_counter()
             work()
             if counted:
                 seconds[name].append(time.perf_counter() - since)
+        draw.shuffle(turns)
     return seconds
 
 

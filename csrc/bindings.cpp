@@ -22,6 +22,7 @@
 #include "cpu/squared_error_delta.h"
 #include "cpu/topk_merge.h"
 #include "io/deliver.h"
+#include "io/forerunner.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -381,6 +382,11 @@ PYBIND11_MODULE(_C, module) {
                "turn -> out (R,length) words. mean, std (C) float32, or 0: the tables are (x / 255 - mean) / std.");
     module.def("read_at", read_at, unlocked, "descriptor"_a, "to"_a, "first"_a, "bytes"_a,
                "Bytes [first, first + bytes) of a file -> to. Returns (errno, byte) as deliver_integers.");
+    module.def("run_ahead", finf::run_ahead, unlocked, "descriptor"_a, "reached"_a, "end"_a,
+               "Whoever reads this descriptor from front to back has got to byte `reached` and will go on up to `end`: "
+               "where the disk keeps it waiting, a thread brings the next bytes into the page cache. Returns whether "
+               "one does.");
+    module.def("stop_ahead", finf::stop_ahead, "descriptor"_a, "It is about to be closed.");
     module.def("on_network", finf::on_network, "descriptor"_a, "Whether a file lies behind a network.");
     module.def("isa", [] { return finf::kernels().name; }, "The instruction set in use.");
     module.def("isas", isas, "The instruction sets this processor can run, best first.");

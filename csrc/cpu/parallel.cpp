@@ -10,6 +10,8 @@
 #include <mutex>
 #include <thread>
 
+#include "../of_this_process.h"
+
 namespace finf {
 namespace {
 
@@ -89,17 +91,6 @@ class Pool {
     int64_t workers_ = 0;
 };
 
-// Threads do not survive a fork and a mutex may be forked while held, so a child leaves its parent's pool untouched
-// and makes its own. Pools are never destroyed: their threads may be waiting when the process ends.
-Pool& living(std::atomic<Pool*>& current) {
-    Pool* seen = current.load();
-    if (seen && seen->process == getpid()) return *seen;
-    Pool* fresh = new Pool;
-    if (current.compare_exchange_strong(seen, fresh)) return *fresh;
-    delete fresh;
-    return *current.load();
-}
-
 std::atomic<Pool*> instead_of_torch{nullptr}, in_background{nullptr};
 
 // How GCC's OpenMP begins a region: a function, what it is given, the number of threads, flags.
@@ -123,7 +114,7 @@ void parallel_for(int64_t tasks, int64_t threads, const std::function<void(int64
     if (team) {
         team([](void* all) { static_cast<Job*>(all)->drain(); }, &job, static_cast<unsigned>(helpers + 1), 0);
     } else if (helpers > 0) {
-        living(instead_of_torch).run(job, helpers);
+        of_this_process(instead_of_torch).run(job, helpers);
     } else {
         job.drain();
     }
@@ -134,7 +125,7 @@ void background_for(int64_t tasks, int64_t threads, const std::function<void(int
     const int64_t helpers = (threads < tasks ? threads : tasks) - 1;
     Job job(body, tasks);
     if (helpers > 0) {
-        living(in_background).run(job, helpers);
+        of_this_process(in_background).run(job, helpers);
     } else {
         job.drain();
     }

@@ -6,7 +6,6 @@ do not take (foreign byte order, uint64), or the compiled module is missing, num
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finf_fast.corpus.arrays import integers as widened
+from finf_fast.corpus.compiled import compiled
 from finf_fast.corpus.files import MappedArray
 
 __all__ = ["Shades", "Starts", "as_stored", "integers", "shaded"]
@@ -110,16 +110,7 @@ def shaded(array: MappedArray, starts: Starts, length: int, shades: Shades) -> T
 
 def _loops(array: MappedArray) -> ModuleType | None:
     """The compiled loops, where they are there and know the byte order."""
-    return _compiled() if array.dtype.isnative else None
-
-
-@functools.cache
-def _compiled() -> ModuleType | None:
-    try:
-        from finf_fast import _C
-    except ImportError:
-        return None
-    return _C
+    return compiled() if array.dtype.isnative else None
 
 
 def _delivered(

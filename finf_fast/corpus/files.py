@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from finf_fast.corpus.compiled import compiled
 from finf_fast.corpus.digest import WHOLE, digest_rows
 from finf_fast.corpus.reading import reading_of_new_files
 from finf_fast.records import DamagedFile
@@ -33,6 +34,9 @@ __all__ = ["MappedArray", "MappedFile"]
 # Files held open at a time, of the 100,000 that a corpus may have: a process may open 1024, and on some file systems
 # 590 maps are the limit.
 MOST_OPEN = 128
+# Bytes between the end of a reading and the next for which that follows it (windows overlap by a token), and of one
+# that is worth reading ahead for.
+NEXT, AHEAD_FROM = 4096, 1 << 16
 Decoded = TypeVar("Decoded")
 
 
@@ -56,6 +60,7 @@ class MappedFile:
             raise ValueError(f"source: wanted a regular file, got {self.name!r}")
         self.reading = reading_of_new_files()
         self._opened: _Opened | None = None
+        self._reached = 0  # where the last reading ended
         opened = self._open()
         status = os.fstat(opened.descriptor)
         self.size, self.changed_ns = status.st_size, status.st_mtime_ns
@@ -98,7 +103,8 @@ class MappedFile:
         """
         count = stop - start if count is None else count
         opened = self._open()
-        way = way or self.reading.way(count, lambda: _waits(opened.descriptor, stop - 1))
+        ahead = self._run_ahead(opened, start, stop)
+        way = way or self.reading.way(count, lambda: ahead or _waits(opened.descriptor, stop - 1))
         # What ends too early is noticed while it is read; only of a mapping it has to be known before.
         self._require(stop, os.fstat(opened.descriptor).st_size if way == "map" else self.size)
         since = time.perf_counter()
@@ -177,6 +183,13 @@ class MappedFile:
         copy.flags.writeable = False
         return copy
 
+    def _run_ahead(self, opened: _Opened, start: int, stop: int) -> bool:
+        """Have what comes from a disk brought into memory from here on, if this reading follows the last one."""
+        follows, self._reached = abs(start - self._reached) <= NEXT, stop
+        loops = compiled()
+        worth = loops is not None and follows and stop - start >= AHEAD_FROM
+        return worth and loops.run_ahead(opened.descriptor, start, self.size)
+
     def _open(self) -> _Opened:
         opened = self._opened
         if opened is None or opened.is_spoilt:
@@ -252,6 +265,7 @@ class _Opened:
     def __init__(self, path: str):
         self._mapped: dict[str, np.ndarray] = {}
         self._spoilt = np.zeros(1, np.int32)
+        self._let_go = getattr(compiled(), "stop_ahead", None)
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     @property
@@ -269,6 +283,8 @@ class _Opened:
 
     def __del__(self, close=os.close):  # at the end of the interpreter there may be no `os` any more
         if hasattr(self, "descriptor"):
+            if self._let_go:
+                self._let_go(self.descriptor)
             close(self.descriptor)
 
 
@@ -332,8 +348,5 @@ def _waits(descriptor: int, byte: int) -> bool:
 
 
 def _on_network(descriptor: int) -> bool:
-    try:
-        from finf_fast import _C
-    except ImportError:  # without the compiled module nothing is known: files are numbered, as nearly everywhere
-        return False
-    return _C.on_network(descriptor)
+    loops = compiled()  # without them nothing is known: files are numbered, as nearly everywhere
+    return loops is not None and loops.on_network(descriptor)
