@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -154,6 +155,17 @@ def test_a_head_is_launched_with_whole_loads_only(recorded, D, r):
     assert {name: kernel.ragged() for name, kernel in kernels.items()} == {name: set() for name in kernels}
     (sums,) = [kernel for name, kernel in kernels.items() if name == "sums_kernel"]
     assert all(launch["DESCRIPTORS"] for launch in sums.launches)
+
+
+def test_a_triton_that_has_no_descriptors_is_not_asked_for_them(recorded, monkeypatch):
+    """Those before 3.4, on whatever GPU."""
+    configurations, word = importlib.import_module("finf_fast.kernels.configurations"), "triton.tools.tensor_descriptor"
+    monkeypatch.setitem(sys.modules, word, None)  # an import of it fails
+    monkeypatch.setattr(configurations, "_descriptors_known", configurations._descriptors_known.__wrapped__)
+    assert not any(configurations.has_descriptors(number) for number in (0, 80, 90, 100))
+    kernels = recorded("linear_cross_entropy_delta")
+    launch_head(9, 64, 33, 1, 16)
+    assert not any(launch["DESCRIPTORS"] for launch in kernels["sums_kernel"].launches)
 
 
 @pytest.mark.parametrize("D, r", [(60, 16), (64, 5), (60, 5), (1, 1)])
