@@ -293,12 +293,25 @@ def decode_pixels(dry: bool) -> Iterator[Work]:
             )
 
 
+def decode_tokens(dry: bool) -> Iterator[Work]:
+    # Windows of an even length begin on 16-byte borders of what is written; of an odd one every second does not.
+    for B, L in [(3, 10)] if dry else [(16384, 1024), (16384, 1023)]:
+        for dtype in (torch.uint16, torch.uint32):
+            yield Work(
+                name=f"{B} windows of {L} as {str(dtype).removeprefix('torch.')}",
+                make=lambda B=B, L=L, dtype=dtype: (torch.randint(50257, (B * L + 1,)).to(dtype)[1:].view(B, L),),
+                ours=ops.decode_tokens,
+                beside={"to int64": lambda raw: raw.to(torch.int64)},
+                moved=B * L * (8.0 + dtype.itemsize),
+            )
+
+
 # What matters most first: time may run out.
 CASES: dict[str, Callable[[bool], Iterator[Work]]] = {
     function.__name__: function
     for function in (
         *(linear_cross_entropy_delta, layer_norm_delta, attention_delta, cross_entropy_delta, linear_delta),
         *(activation_delta, rms_norm_delta, group_norm_delta),
-        *(squared_error_delta, segment_sum, topk_merge, noise, decode_pixels),
+        *(squared_error_delta, segment_sum, topk_merge, noise, decode_pixels, decode_tokens),
     )
 }

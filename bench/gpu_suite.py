@@ -6,7 +6,7 @@
 In this order, as time may run out: builds; a few of each operation's tests, bfloat16 first; the device's own peaks and
 every operation beside its peers; the sweep end to end; all of the faces' tests; compute-sanitizer on a few small ones,
 where it is installed. Each part is a process of its own and may take what is left less the shares of those after it;
-what no longer fits is not run, and said so. Written is <device>-<date>.json, printed last is the table.
+what no longer fits is not run, and said so. Written after each part is <device>-<date>.json, printed last is the table.
 
 Ends with 1 if a part failed.
 """
@@ -26,6 +26,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,15 @@ class Suite:
         """`command` in the checkout, ended after `limit` seconds; what it wrote until then is kept."""
         kept = {key: value for key, value in os.environ.items() if key not in DECIDED}
         kept |= {"PYTHONPATH": os.pathsep.join([*self._paths, *filter(None, [os.environ.get("PYTHONPATH")])]), **more}
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        words = {"encoding": "utf-8", "errors": "replace"}  # a process that is ended may leave half a letter
+        with tempfile.TemporaryFile("w+", **words) as out, tempfile.TemporaryFile("w+", **words) as err:
             child = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=out, stderr=err, start_new_session=True)
             try:
                 code = child.wait(limit)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)  # with the processes that it started
-                child.wait()
+                with suppress(subprocess.TimeoutExpired):  # a driver may hold on to one for good
+                    child.wait(GRACE)
                 code = None
             out.seek(0), err.seek(0)
             return Run(code, out.read(), err.read())
@@ -323,12 +326,15 @@ def line(row: dict[str, Any]) -> str:
     return " | ".join(words + [f"{who}: {note}" for who, note in row["notes"].items() if note])
 
 
-def write(suite: Suite, folder: Path) -> Path:
+def write(suite: Suite, folder: Path, before: Path | None = None) -> Path:
+    """The file, in the place of the one `before`, written when the device's name was not known yet."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", str(suite.about.get("device", "unknown")).lower()).strip("-")
     date = time.strftime("%Y-%m-%d", time.gmtime())
     path = folder / f"{'dry-run-' if suite.dry else ''}{name}-{date}.json"
     path.write_text(json.dumps({"date": date, **suite.record()}, indent=1) + "\n", encoding="utf-8")
+    if before not in (None, path):
+        before.unlink()
     return path
 
 
@@ -341,12 +347,13 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     options = options.parse_args(argv)
     parts = [name for name in PARTS if name in options.parts]
-    suite = Suite(options.budget, options.dry_run, parts)
+    suite, path = Suite(options.budget, options.dry_run, parts), None
     with tempfile.TemporaryDirectory() as unpacked:
         suite.unpack(options.wheels, unpacked)
         for name in parts:
             suite.part(name, PARTS[name])
-    path = write(suite, options.out or (ROOT / "runs" if suite.dry else BENCH / "results"))
+            # At once: whoever lends the device may take it back, and a later part may take the machine with it.
+            path = write(suite, options.out or (ROOT / "runs" if suite.dry else BENCH / "results"), path)
     print(table(suite))
     print(f"saved to {path}")
     return int(any(part.state == "failed" for part in suite.parts))

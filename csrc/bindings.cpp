@@ -262,17 +262,18 @@ using Trouble = std::pair<int, int64_t>;
 Trouble deliver_integers(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
                          uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int stored, int64_t fill,
                          uintptr_t out) {
-    finf::require(stored >= 0 && stored <= 6, "stored", "a code from 0 to 6", stored);
     const auto done =
         finf::deliver_integers(file_rows(descriptor, map, spoilt, starts, first, step, lengths, R, length, threads),
-                               static_cast<finf::Stored>(stored), fill, memory<int64_t>(out));
+                               finf::require_stored("stored", stored), fill, memory<int64_t>(out));
     return {done.error, done.byte};
 }
 
 Trouble deliver_raw(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
-                    int64_t R, int64_t length, int64_t threads, int64_t item, uintptr_t out) {
-    const auto done = finf::deliver_raw(file_rows(descriptor, map, spoilt, starts, first, step, 0, R, length, threads),
-                                        item, memory<uint8_t>(out));
+                    uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int64_t item, int64_t fill,
+                    uintptr_t out) {
+    const auto done =
+        finf::deliver_raw(file_rows(descriptor, map, spoilt, starts, first, step, lengths, R, length, threads), item,
+                          fill, memory<uint8_t>(out));
     return {done.error, done.byte};
 }
 
@@ -373,7 +374,7 @@ PYBIND11_MODULE(_C, module) {
         "int32, set when it holds pages that are not the file's. stored: 0 uint8, 1 int8, 2 uint16, 3 int16, 4 "
         "uint32, 5 int32, 6 int64. Returns (errno, byte): 0 when all is well, -1 where the file ends too early.");
     module.def("deliver_raw", deliver_raw, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
-               "step"_a, "R"_a, "length"_a, "threads"_a, "item"_a, "out"_a,
+               "step"_a, "lengths"_a, "R"_a, "length"_a, "threads"_a, "item"_a, "fill"_a, "out"_a,
                "The same, items of `item` bytes as they are stored -> out (R,length) items.");
     module.def("deliver_pixels", deliver_pixels, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
                "step"_a, "R"_a, "length"_a, "threads"_a, "tables"_a, "word"_a, "C"_a, "run"_a, "mean"_a, "std"_a,

@@ -9,6 +9,8 @@
 namespace finf {
 
 enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
+// The integer types of what is stored, in the order of their codes.
+enum class Stored : int { u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, i64 = 6 };
 
 template <class Got>
 [[noreturn]] void reject(const char* argument, const std::string& wanted, const Got& got) {
@@ -38,6 +40,11 @@ inline DType require_float_or_bf16(const char* argument, int code) {
 inline DType require_float_or_double(const char* argument, int code) {
     require(code == 0 || code == 2, argument, "0 (float32) or 2 (float64)", code);
     return static_cast<DType>(code);
+}
+
+inline Stored require_stored(const char* argument, int code) {
+    require(code >= 0 && code <= 6, argument, "a code from 0 to 6", code);
+    return static_cast<Stored>(code);
 }
 
 }  // namespace finf

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finf_fast import identity
 from finf_fast import loss as losses
-from finf_fast.corpus import Corpus, evenly, open_corpus
+from finf_fast.corpus import Corpus, Undecoded, evenly, open_corpus
 from finf_fast.engines import ENGINES, Settled, choose_engine
 from finf_fast.loss import Loss
 from finf_fast.planning import Probe, free_bytes, make_plan
@@ -120,9 +120,10 @@ def sweep(
         crossing_to(device) as crossing,
     ):
         bar.advance(store.scored)
-        staged, decode = _staged(corpus, device, loss)
-        scorer = Scorer(runner, corpus, store, found, vocabulary(model), nonfinite, bar.advance, crossing, decode)
-        with closing(stage(staged, store.plan, store.missing(), send=crossing.send, room=ROOM)) as blocks:
+        stored = _stored(corpus, device, loss)
+        scorer = Scorer(runner, corpus, store, found, vocabulary(model), nonfinite, bar.advance, crossing, stored)
+        read = corpus if stored is None else stored.corpus
+        with closing(stage(read, store.plan, store.missing(), send=crossing.send, room=ROOM)) as blocks:
             for block in scorer.clock.waiting(blocks):
                 scorer.write(block)
                 del block  # with its memory on the device, before the next is awaited
@@ -234,11 +235,16 @@ def _longest(corpus: Corpus, start: int, stop: int) -> Any:
     return rows(corpus.take([start, start + int(counts.argmax())]), 0, 1)  # 64 as long as a book would fill the memory
 
 
-def _staged(corpus: Corpus, device: torch.device, loss: Loss) -> tuple[Corpus, Callable[[Any], Any] | None]:
-    """What is read block by block, and what makes of it, on the device, what the model reads; None for nothing."""
+def _stored(corpus: Corpus, device: torch.device, loss: Loss) -> Undecoded | None:
+    """What is read block by block, to be decoded on the device; None where it is decoded as it is read."""
+    # Asked first, for of many files the corpus as stored is as many copies.
+    found = corpus.undecoded() if any(decodes(device, kind) for kind in ("pixels", "tokens")) else None
+    if found is None:
+        return None
     # A check that looks at pixels has to see them as the model does: these two look at labels alone.
-    checked = type(loss).check in (Loss.check, losses.CrossEntropy.check)
-    return (checked and decodes(device) and corpus.undecoded()) or (corpus, None)
+    blind = type(loss).check in (Loss.check, losses.CrossEntropy.check)
+    checked = blind if found.kind == "pixels" else losses.is_served(loss)
+    return found if checked and decodes(device, found.kind) else None
 
 
 def _settled(out: str | os.PathLike[str] | None) -> Settled | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from finf_fast.loss import CrossEntropy, Loss
 from finf_fast.loss.base import LABEL_KEYS
 from finf_fast.records import Part
+from finf_fast.runs import gathered
 
 __all__ = ["FORWARDS", "lengths", "parts", "width"]
 
@@ -69,7 +70,7 @@ def parts(
     found = ((found + multiple - 1) // multiple * multiple).clamp_(max=columns)
     for first, last in _cuts(found.tolist(), size, tokens):
         longest = int(found[last - 1])
-        batch = {key: _short(x[there[first:last]], columns, longest) for key, x in placed.items()}
+        batch = {key: _short(gathered(x, there[first:last]), columns, longest) for key, x in placed.items()}
         yield Part(read.rows[order[first:last]], batch)
 
 

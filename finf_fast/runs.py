@@ -6,11 +6,14 @@ An index made of a list comes from the CPU: a GPU is waited for, and a recording
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["picked", "runs"]
+__all__ = ["gathered", "picked", "runs"]
+
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[slice, slice]]:
@@ -20,6 +23,13 @@ def runs(numbers: Sequence[int]) -> Iterator[tuple[slice, slice]]:
         if last == len(numbers) or numbers[last] != numbers[last - 1] + 1:
             yield slice(first, last), slice(numbers[first], numbers[last - 1] + 1)
             first = last
+
+
+def gathered(x: Tensor, rows: Any) -> Tensor:
+    """``x[rows]`` for an array of numbers; of unsigned integers too, of which torch has no such kernel on every device
+    and in every version."""
+    signed = SIGNED.get(x.dtype)
+    return x[rows] if signed is None else x.view(signed)[rows].view(x.dtype)
 
 
 def picked(x: Tensor, numbers: Sequence[int]) -> Tensor:

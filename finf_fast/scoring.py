@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from finf_fast import ragged
-from finf_fast.corpus import Corpus
-from finf_fast.loss import Result
+from finf_fast.corpus import Corpus, Undecoded
+from finf_fast.loss import Result, check_stored
 from finf_fast.planning import Probe, out_of_memory
 from finf_fast.records import BadSample, Block, NonFiniteLoss, Part
 from finf_fast.scores import Store
@@ -74,7 +74,7 @@ class Scorer:
         on_scored: told how many samples more have been scored; fewer than none where a block begins again in smaller
             forwards.
         crossing: where blocks were sent ahead.
-        decode: makes of a batch on the device what the model reads, where it was staged otherwise.
+        stored: how blocks were staged as they are stored, to be decoded on the device; None where they were not.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Scorer:
         nonfinite: str,
         on_scored: Callable[[int], None],
         crossing: Crossing,
-        decode: Callable[[Any], Any] | None = None,
+        stored: Undecoded | None = None,
     ):
         self._runner, self._corpus, self._store = runner, corpus, store
         self._limits, self._nonfinite, self._tokens = (found.outputs, vocabulary), nonfinite, found.tokens
-        self._on_scored, self._crossing, self._decode, self.clock = on_scored, crossing, decode, Clock()
+        self._on_scored, self._crossing, self._stored, self.clock = on_scored, crossing, stored, Clock()
         self._empty = self._there = self._computed = self._told = 0
         if store.counted:
             self._resume(store.counted)
@@ -116,7 +116,10 @@ class Scorer:
 
     def _check(self, block: Block, part: Part) -> None:
         try:
-            self._runner.loss.check(part.batch, *self._limits)
+            if self._stored is not None and self._stored.kind == "tokens":
+                check_stored(self._runner.loss, part.batch, *self._limits)
+            else:
+                self._runner.loss.check(part.batch, *self._limits)
         except BadSample as error:
             row = int(part.rows[error.row])
             sample = block.start + row
@@ -130,7 +133,7 @@ class Scorer:
             "corpus": self._corpus.describe(),
             **self.clock.record(),
             **self._crossing.record(),
-            **({} if self._decode is None else {"pixels_decoded": "on the device"}),
+            **({} if self._stored is None else {f"{self._stored.kind}_decoded": "on the device"}),
             "samples_scored": self._store.scored,
             "samples_without_target": self._empty,
             **padding,
@@ -191,7 +194,7 @@ class Scorer:
 
     def _part(self, batch: Any) -> Result:
         batch = to_device(batch, self._runner.device)
-        return self._runner.score(batch if self._decode is None else self._decode(batch))
+        return self._runner.score(batch if self._stored is None else self._stored.decode(batch))
 
     def _name_the_sample(self, block: Block, part: Part, error: IndexError) -> None:
         """Raises for the sample that made the model look outside a table (an embedding of the user's own)."""

@@ -179,12 +179,14 @@ def crossing_to(device: torch.device) -> Crossing:
     return Crossing(CudaLanes(device) if device.type == "cuda" else None)
 
 
-def decodes(device: torch.device) -> bool:
-    """Whether pixels are to cross as stored, a quarter or half of the bytes, and be decoded there: by the kernel."""
+def decodes(device: torch.device, kind: str) -> bool:
+    """Whether ``"pixels"`` or ``"tokens"`` are to cross as stored, fewer bytes, and be decoded there: by the kernel."""
     if device.type != "cuda":
         return False
+    op = f"decode_{kind}"
     try:
-        return dispatch.choose("decode_pixels", torch.empty(0, device=device)) == "cuda"
+        there = torch.empty(0, dtype=dispatch.TABLE[op]["cuda"].dtypes[0], device=device)
+        return dispatch.choose(op, there) == "cuda"
     except ValueError:  # FINF_BACKEND asks for a face that this operation has not
         return False
 

@@ -51,6 +51,7 @@ from finf_fast.kernels.attention_scores import (
     write,
 )
 from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, alone, architecture, roomy, settings_for
+from finf_fast.kernels.layouts import aligned
 from finf_fast.kernels.numerics import expm1, product, rounded
 
 # Past this gain the third kernel takes the row. A key whose p is zero in float32, below e^-87, counts for less than
@@ -284,13 +285,26 @@ def attention_delta(
 ) -> None:
     """Fill `out` (1+Q, B, H, T, E'), contiguous. As `finf_fast.ops.attention_delta`.
 
+    Heads whose widths are no multiples of 16, and what else cannot be read at full speed as it lies, are copied.
+
     Args:
-        q: (1+Q, B, H, T, E) or leading size 1, last stride 1, as have k and v; float32 or bfloat16.
+        q: (1+Q, B, H, T, E) or leading size 1, of any strides, as k and v; float32 or bfloat16.
         k: (1+Q, B, H', T', E) or leading size 1.
         v: (1+Q, B, H', T', E') or leading size 1.
         out: q's dtype.
         mask: (B, H, T, T') of any strides, bool or floating, or None.
     """
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    EV, whole = out.shape[4], v.shape[4]
+    room = out if whole == EV else out.new_empty(*out.shape[:4], whole)
+    _launch(q, k, v, room, causal, scale, mask, cap)
+    if room is not out:
+        out.copy_(room[..., :EV])
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, scale: float, mask: Tensor | None, cap: float | None
+) -> None:
     (_, B, H, T, E), TK, EV = q.shape, k.shape[3], v.shape[4]
     tile = settings_for(TILES, architecture(q.device)).of(q.dtype, max(E, EV), mask is not None or cap is not None)
     if mask is not None and mask.dtype == torch.bool:

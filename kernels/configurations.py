@@ -7,6 +7,7 @@ kernel file keeps its settings as frozen data in one table by architecture and t
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,5 +110,13 @@ def settings_for(table: Mapping[int, Settings], architecture: int) -> Settings:
 
 
 def has_descriptors(architecture: int) -> bool:
-    """Whether tiles are loaded through tensor descriptors (TMA); the interpreter plays them."""
-    return architecture >= 90 or architecture == INTERPRETER
+    """Whether tiles are loaded through tensor descriptors (TMA); the interpreter plays them.
+
+    Triton has those that a host makes since 3.4; before it, tiles are loaded by addresses on any GPU.
+    """
+    return (architecture >= 90 or architecture == INTERPRETER) and _descriptors_known()
+
+
+@functools.cache
+def _descriptors_known() -> bool:
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None

@@ -285,7 +285,7 @@ def _walk(head: _Head, z_t, d_t, far, values, changes, order: Order, *, after: b
 
 
 def _descriptor(y: Tensor, block: list[int]):
-    from triton.tools.tensor_descriptor import TensorDescriptor  # not in the oldest Triton; no GPU that old asks for it
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in the oldest Triton: see has_descriptors
 
     return TensorDescriptor.from_tensor(y, block)
 

@@ -108,7 +108,8 @@ def _norm_rows_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.arange(0, WIDTH)[None, :]
     inside = (rows < N) & (at < D)
-    place = _places(rows, at, D, GROUPS, RUN, GROUPED)
+    # As wide as its mask: before Triton 3.4 a load brings only the mask to the addresses' shape.
+    place = tl.broadcast_to(_places(rows, at, D, GROUPS, RUN, GROUPED), (ROWS, WIDTH))
     x_at, other_at, y_at = rows * x_n + at, rows * other_n + at, rows * D + at
     c0 = _taken(X, OTHER, x_at, other_at, inside, True, OTHER is not None)
     if SUM is not None:
@@ -181,7 +182,8 @@ def _norm_long_kernel(
     if ADDED:
         OTHER += row * other_n
         SUM += row * D
-    D_X, D_OTHER = X, OTHER
+    D_X = X
+    D_OTHER = OTHER if ADDED else X  # that is not looked at: before Triton 3.4 no name may stand for None
     mean = _long_mean(X, OTHER, D, True, ADDED, CENTRED, WIDTH)
     squares = tl.zeros((1, WIDTH), tl.float32)
     for v in range(0, D, WIDTH):

@@ -8,6 +8,7 @@
 
 #include "../csrc/cuda/tiles/cross_entropy_delta.inl.h"
 #include "../csrc/cuda/tiles/decode_pixels.inl.h"
+#include "../csrc/cuda/tiles/decode_tokens.inl.h"
 #include "../csrc/cuda/tiles/noise.inl.h"
 #include "../csrc/cuda/tiles/segment_sum.inl.h"
 #include "../csrc/cuda/tiles/squared_error_delta.inl.h"
@@ -188,6 +189,13 @@ void topk_merge(const TopKMerge& op, const Place& place) {
 void decode_pixels(const DecodePixels& op, const Place&) {
     for (int64_t i = 0; i < (op.M + PIXELS - 1) / PIXELS; ++i)
         op.dtype == DType::bf16 ? decode_chunk<uint16_t>(op, i) : decode_chunk<uint32_t>(op, i);
+}
+
+void decode_tokens(const DecodeTokens& op, const Place&) {
+    with_stored(op.stored, [&](auto number) {
+        using T = decltype(number);
+        for (int64_t i = 0; op.L > 0 && i < op.B * chunks_of<T>(op.L); ++i) decode_chunk<T>(op, i);
+    });
 }
 
 void noise(const Noise& op, const Place&) {

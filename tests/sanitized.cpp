@@ -263,7 +263,8 @@ void deliver_from(const finf::OpenFile& file, const std::vector<uint16_t>& store
             finf::deliver_integers({file, starts.data(), 0, 0, lengths.data(), R, length, THREADS}, finf::Stored::u16,
                                    -100, out.data());
             std::vector<uint8_t> raw(2 * R * length);
-            finf::deliver_raw({file, starts.data(), 0, 0, nullptr, R, length, THREADS}, 2, raw.data());
+            finf::deliver_raw({file, starts.data(), 0, 0, nullptr, R, length, THREADS}, 2, 0, raw.data());
+            finf::deliver_raw({file, starts.data(), 0, 0, lengths.data(), R, length, THREADS}, 2, -100, raw.data());
         }
     const float mean[] = {0.4f, 0.5f, 0.6f}, spread[] = {0.2f, 0.3f, 0.25f};
     std::vector<float> tables(3 * 256), pixels(30 * 300);
@@ -274,7 +275,8 @@ void deliver_from(const finf::OpenFile& file, const std::vector<uint16_t>& store
             finf::deliver_pixels({file, nullptr, 5, 301, nullptr, 30, 300, THREADS},
                                  {tables.data(), 4, 3, run, means, spread}, pixels.data());
     // Twice the same row: no reading may be asked for past the end of what is mapped.
-    finf::deliver_raw({file, nullptr, 0, 0, nullptr, 2, count, THREADS}, 2, std::vector<uint8_t>(4 * count).data());
+    std::vector<uint8_t> twice(4 * count);
+    finf::deliver_raw({file, nullptr, 0, 0, nullptr, 2, count, THREADS}, 2, 0, twice.data());
 }
 
 void deliveries() {

@@ -55,8 +55,9 @@ def cifar(folder):
 @pytest.mark.parametrize("opened", [nchw, nhwc, flat, idx, cifar])
 def test_the_same_bits_by_either_way(tmp_path, opened):
     corpus = opened(tmp_path)
-    stored, decode = corpus.undecoded()
+    stored, decode, kind, _ = corpus.undecoded()
     places = DRAW.permutation(len(corpus))[:20]
+    assert kind == "pixels"
     for raw, wanted in [(stored.read(3, 31), corpus.read(3, 31)), (stored.take(places), corpus.take(places))]:
         each = (batch if isinstance(batch, tuple) else (batch,) for batch in (raw, decode(raw), wanted))
         for k, (before, got, x) in enumerate(zip(*each, strict=True)):
@@ -69,14 +70,12 @@ def test_what_is_decoded_as_it_is_read(tmp_path):
     pixels, _ = npy(tmp_path, (3, 4)), npy(tmp_path, (3, 4), "y.npy")
     np.save(tmp_path / "floats.npy", np.zeros((4, 3), np.float32))
     np.save(tmp_path / "nothing.npy", np.zeros((4, 0), np.uint8))
-    np.arange(64, dtype="<u2").tofile(tmp_path / "tokens.bin")
     for corpus in [
         open_corpus(pixels, transform=lambda x: x),
         open_corpus(tmp_path / "[xy].npy", transform=lambda x: x),
         JoinedCorpus([open_corpus(pixels, mean=0.5), open_corpus(tmp_path / "y.npy")]),
         open_corpus(tmp_path / "floats.npy"),
         open_corpus(tmp_path / "nothing.npy"),
-        open_corpus(tmp_path / "tokens.bin", window=8),
         open_corpus(torch.zeros(4, 3, 3, dtype=torch.uint8)),
     ]:
         assert corpus.undecoded() is None, corpus
@@ -95,7 +94,7 @@ def test_a_sweep_that_decodes_on_the_device_has_the_same_bits(monkeypatch, pictu
     plain, lanes, sent = ff.sweep(*pictures, batch_size=8), LateLanes(), []
     monkeypatch.setattr(lanes, "pinned", lambda tensor, real=lanes.pinned: sent.append(tensor.dtype) or real(tensor))
     monkeypatch.setattr(pipeline, "crossing_to", lambda device: Crossing(lanes))
-    monkeypatch.setattr(pipeline, "decodes", lambda device: True)
+    monkeypatch.setattr(pipeline, "decodes", lambda device, kind: kind == "pixels")
     scores = ff.sweep(*pictures, batch_size=8)
     assert np.array_equal(scores.base, plain.base) and np.array_equal(scores.delta, plain.delta)
     assert sent == 5 * [torch.uint8, torch.int64]
@@ -110,7 +109,7 @@ def test_a_loss_that_looks_at_pixels_sees_them_decoded(monkeypatch, pictures):
         def check(self, batch, outputs, vocabulary):
             seen.append(batch[0].dtype)
 
-    monkeypatch.setattr(pipeline, "decodes", lambda device: True)
+    monkeypatch.setattr(pipeline, "decodes", lambda device, kind: kind == "pixels")
     ff.sweep(model, updates, corpus, loss=Looks(), batch_size=64)
     assert seen == [torch.float32]
 
@@ -119,7 +118,7 @@ def test_a_loss_that_looks_at_pixels_sees_them_decoded(monkeypatch, pictures):
 @pytest.mark.parametrize("opened", [nchw, nhwc, flat, idx, cifar])
 def test_a_gpu_decodes_to_the_same_bits(tmp_path, opened):
     corpus = opened(tmp_path)
-    stored, decode = corpus.undecoded()
+    stored, decode, _, _ = corpus.undecoded()
     got, wanted = decode(to_device(stored.read(0, COUNT), torch.device("cuda"))), corpus.read(0, COUNT)
     for a, b in zip(*(batch if isinstance(batch, tuple) else (batch,) for batch in (got, wanted)), strict=True):
         assert a.is_cuda and (a.dtype, a.stride()) == (b.dtype, b.stride()) and torch.equal(a.cpu(), b)
@@ -128,22 +127,23 @@ def test_a_gpu_decodes_to_the_same_bits(tmp_path, opened):
 @needs_gpu
 def test_a_sweep_on_a_gpu_has_the_same_bits_by_either_way(monkeypatch, pictures):
     scores = ff.sweep(*pictures, batch_size=8, device="cuda")
-    monkeypatch.setattr(pipeline, "decodes", lambda device: False)
+    monkeypatch.setattr(pipeline, "decodes", lambda device, kind: False)
     plain = ff.sweep(*pictures, batch_size=8, device="cuda")
     assert np.array_equal(scores.base, plain.base) and np.array_equal(scores.delta, plain.delta)
     assert scores.record["batches_sent_ahead"] == 5 and "transfer" in scores.record["percent_of_time"]
-    assert ("pixels_decoded" in scores.record) == transfer.decodes(torch.device("cuda"))
+    assert ("pixels_decoded" in scores.record) == transfer.decodes(torch.device("cuda"), "pixels")
 
 
-def test_where_pixels_are_decoded(monkeypatch):
+@pytest.mark.parametrize("kind, dtype", [("pixels", torch.float32), ("tokens", torch.uint8)])
+def test_where_what_is_stored_is_decoded(monkeypatch, kind, dtype):
     gpu, found = torch.device("cuda"), []
 
-    def choose(op, table):
-        assert (op, table) == ("decode_pixels", "a table there")
+    def choose(op, there):
+        assert (op, there) == (f"decode_{kind}", dtype)
         return found[-1] if found[-1] else dispatch._decide(op, "triton", None, ())
 
-    monkeypatch.setattr(torch, "empty", lambda *shape, device: "a table there")
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: dtype)
     monkeypatch.setattr(dispatch, "choose", choose)
     for face, wanted in [("cuda", True), ("reference", False), ("", False)]:
         found.append(face)
-        assert transfer.decodes(gpu) is wanted and not transfer.decodes(torch.device("cpu"))
+        assert transfer.decodes(gpu, kind) is wanted and not transfer.decodes(torch.device("cpu"), kind)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 # Types of a kernel's template, as its name has them, and the 16-byte words of eight numbers or of sixteen decoded ones.
-WORDS = {"f": 2, "NS0_4Bf16E": 1, "S3_": 1, "d": 4, "j": 4, "t": 2}
+WORDS = {"f": 2, "NS0_4Bf16E": 1, "S3_": 1, "d": 4, "j": 4, "t": 2, "i": 4, "s": 2, "h": 1, "a": 1}
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
@@ -53,6 +53,8 @@ def meant(kernel: str, queries: int, words: list[int]) -> dict[str, int]:
         return {"LDG": p + y + 4 * d}
     if kernel == "decode_pixels_kernel":
         return {"LDG": 1, "STG": words[0]}
+    if kernel == "decode_tokens_kernel":
+        return {"LDG": 1, "STG": 8 // words[0]}  # a load holds 16, 8 or 4 numbers, a store 2
     if kernel == "topk_merge_scores":
         return {"LDG": 2 * 4}  # as many at a time before the first round, and ahead of the next one
     return {"noise_kernel": {"STG": 1}, "segment_sum_kernel": {}, "topk_merge_parts": {}}[kernel]

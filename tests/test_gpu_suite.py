@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +220,36 @@ def test_a_process_past_its_limit_is_ended_and_its_words_kept():
     suite, since = Suite(60, dry=True), time.monotonic()
     done = suite.python("-c", "import time; print('begun', flush=True); time.sleep(60)", limit=1)
     assert done.code is None and done.out == "begun\n" and time.monotonic() - since < 20
+
+
+def test_a_process_that_cannot_be_ended_is_left_behind(monkeypatch):
+    """As one whose device does not answer any more."""
+    left, since = [], time.monotonic()
+    monkeypatch.setattr(gpu_suite, "GRACE", 0.2)
+    monkeypatch.setattr(gpu_suite.os, "killpg", lambda group, signal: left.append(group))
+    done = Suite(60, dry=True).python("-c", "import time; print('begun', flush=True); time.sleep(30)", limit=1)
+    os.kill(left[0], signal.SIGKILL)
+    assert done.code is None and done.out == "begun\n" and time.monotonic() - since < 20
+
+
+def test_half_a_letter_hides_no_other_words():
+    done = Suite(60, dry=True).python("-c", r"import os; os.write(1, b'{\"row\": 1}\n\xce')", limit=60)
+    assert gpu_suite.lines(done) == [{"row": 1}]
+
+
+def test_what_was_found_is_written_before_the_next_part_begins(tmp_path, monkeypatch):
+    def named(suite, limit, part):
+        suite.about["device"], part.state = "NVIDIA H200", "passed"
+
+    def stopped(suite, limit, part):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_suite, "PARTS", {"build": lambda *_: None, "operations": named, "sweep": stopped})
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.main(["--out", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("nvidia-h200-")
+    assert [part["state"] for part in json.loads(path.read_text())["parts"]] == ["not run", "passed"]
 
 
 def test_a_part_leaves_the_later_ones_their_shares(capsys):

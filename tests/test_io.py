@@ -75,8 +75,10 @@ def test_runs_in_any_order_repeated_and_ragged(tmp_path, io):
     got = delivery.integers(array, starts, 300, lengths, fill=-100).numpy()
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         assert np.array_equal(got[row, :length], stored[start : start + length]) and (got[row, length:] == -100).all()
-    none = delivery.integers(array, starts[:3], 4, [0, 0, 0], fill=9)
-    assert none.tolist() == [[9] * 4] * 3
+    raw = delivery.as_stored(array, starts, 300, lengths, fill=7).numpy()
+    assert raw.dtype == np.uint16 and np.array_equal(raw, np.where(got == -100, 7, got))
+    for deliver in (delivery.integers, delivery.as_stored):
+        assert deliver(array, starts[:3], 4, [0, 0, 0], fill=9).tolist() == [[9] * 4] * 3
     assert delivery.integers(array, starts[:0], 4).shape == (0, 4)
 
 
@@ -90,6 +92,20 @@ def test_floats_and_bools_stay_as_they_are(tmp_path, io, dtype):
         got = delivery.as_stored(array, runs, length).numpy()
         assert got.dtype == stored.dtype.newbyteorder("=")
         assert np.array_equal(got, np.stack([stored[s : s + length] for s in runs]))
+
+
+@WAYS
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", ["|i1", "<i2", "<i4", "<i8", ">i4"])
+def test_short_rows_of_what_stays_stored_are_filled_up(tmp_path, monkeypatch, io, compiled, dtype):
+    if not compiled:
+        monkeypatch.setattr(delivery, "_loops", lambda array: None)
+    stored = np.arange(-60, 60).astype(dtype)
+    array, lengths = array_in(tmp_path / "x", stored, io, before=1), [3, 0, 5, 1]
+    got = delivery.as_stored(array, np.array([7, 0, 100, 7]), 5, lengths, fill=-100).numpy()
+    assert got.dtype == stored.dtype.newbyteorder("=")
+    wanted = [[*stored[s : s + n].tolist(), *[-100] * (5 - n)] for s, n in zip([7, 0, 100, 7], lengths, strict=True)]
+    assert got.tolist() == wanted
 
 
 def decoded_plainly(pixels: torch.Tensor, dtype: torch.dtype, mean, std) -> torch.Tensor:
@@ -187,15 +203,17 @@ def test_runs_outside_the_array_are_refused(tmp_path):
 
 def test_the_compiled_loops_name_what_is_wrong():
     wrong = {"descriptor": 0, "map": 0, "spoilt": 0, "starts": 0, "first": 0, "step": 1, "R": 1, "length": 6}
-    wrong["threads"] = 1
+    wrong["threads"], lengths = 1, np.array([2])
     with pytest.raises(ValueError, match="out: wanted the address of its first element"):
-        _C.deliver_raw(**wrong, item=1, out=0)
+        _C.deliver_raw(**wrong, lengths=0, item=1, fill=0, out=0)
     with pytest.raises(ValueError, match="spoilt: wanted the address of its first element"):
-        _C.deliver_raw(**{**wrong, "map": 1}, item=1, out=1)
+        _C.deliver_raw(**{**wrong, "map": 1}, lengths=0, item=1, fill=0, out=1)
     with pytest.raises(ValueError, match="threads: wanted at least 1, got 0"):
-        _C.deliver_raw(**{**wrong, "threads": 0}, item=1, out=1)
+        _C.deliver_raw(**{**wrong, "threads": 0}, lengths=0, item=1, fill=0, out=1)
     with pytest.raises(ValueError, match="starts: wanted at least 0, got -1"):
-        _C.deliver_raw(**{**wrong, "first": -1}, item=1, out=1)
+        _C.deliver_raw(**{**wrong, "first": -1}, lengths=0, item=1, fill=0, out=1)
+    with pytest.raises(ValueError, match="item: wanted 1, 2, 4 or 8 bytes where rows are filled up, got 3"):
+        _C.deliver_raw(**wrong, lengths=lengths.ctypes.data, item=3, fill=0, out=1)
     for name, value, words in [("word", 3, "2 or 4 bytes, got 3"), ("run", 4, "length: wanted a multiple of C run")]:
         pixels = {"tables": 1, "word": 4, "C": 1, "run": 1, "mean": 0, "std": 0, name: value}
         with pytest.raises(ValueError, match=words):

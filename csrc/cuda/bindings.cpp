@@ -5,6 +5,7 @@
 #include "../check.h"
 #include "cross_entropy_delta.h"
 #include "decode_pixels.h"
+#include "decode_tokens.h"
 #include "noise.h"
 #include "segment_sum.h"
 #include "squared_error_delta.h"
@@ -46,6 +47,13 @@ void decode_pixels(int device, uintptr_t stream, uintptr_t raw, uintptr_t table,
     finf::cuda::decode_pixels({memory<uint8_t>(raw), memory<void>(table), finf::require_float_or_bf16("dtype", dtype),
                                memory<void>(out), M, C, run},
                               place(device, stream));
+}
+
+void decode_tokens(int device, uintptr_t stream, uintptr_t raw, int stored, uintptr_t out, int64_t B, int64_t L,
+                   int64_t raw_stride) {
+    finf::cuda::decode_tokens(
+        {memory<void>(raw), finf::require_stored("stored", stored), memory<int64_t>(out), B, L, raw_stride},
+        place(device, stream));
 }
 
 void noise(int device, uintptr_t stream, uint64_t seed, uintptr_t samples, uint32_t draw, uintptr_t out, int64_t S,
@@ -107,6 +115,9 @@ PYBIND11_MODULE(_cuda, module) {
                "How many blocks should share a row, and the bytes of `parts` that they then need.");
     module.def("decode_pixels", decode_pixels, unlocked, "device"_a, "stream"_a, "raw"_a, "table"_a, "dtype"_a, "out"_a,
                "M"_a, "C"_a, "run"_a, "raw (M) uint8, table (C,256) -> out (M). dtype: 0 float32, 1 bfloat16.");
+    module.def("decode_tokens", decode_tokens, unlocked, "device"_a, "stream"_a, "raw"_a, "stored"_a, "out"_a, "B"_a,
+               "L"_a, "raw_stride"_a,
+               "raw (B,L) -> out (B,L) int64. stored: 0 uint8, 1 int8, 2 uint16, 3 int16, 4 uint32, 5 int32.");
     module.def("noise", noise, unlocked, "device"_a, "stream"_a, "seed"_a, "samples"_a, "draw"_a, "out"_a, "S"_a, "M"_a,
                "samples (S) int64 -> out (S,M) float32, standard normal.");
     module.def("segment_sum", segment_sum, unlocked, "device"_a, "stream"_a, "values"_a, "values_dtype"_a,

@@ -135,9 +135,26 @@ Outcome deliver(const FileRows& rows, int64_t item, const Take& take) {
     return first;
 }
 
-void fill_up(const FileRows& rows, int64_t fill, int64_t* out) {
+template <class Word>
+void fill_up(const FileRows& rows, int64_t fill, Word* out) {
     for (int64_t r = 0; rows.lengths && r < rows.R; ++r) {
-        std::fill(out + r * rows.length + rows.lengths[r], out + (r + 1) * rows.length, fill);
+        std::fill(out + r * rows.length + rows.lengths[r], out + (r + 1) * rows.length, static_cast<Word>(fill));
+    }
+}
+
+void fill_up(const FileRows& rows, int64_t item, int64_t fill, uint8_t* out) {
+    if (!rows.lengths) return;
+    switch (item) {
+        case 1:
+            return fill_up(rows, fill, out);
+        case 2:
+            return fill_up(rows, fill, reinterpret_cast<uint16_t*>(out));
+        case 4:
+            return fill_up(rows, fill, reinterpret_cast<uint32_t*>(out));
+        case 8:
+            return fill_up(rows, fill, reinterpret_cast<uint64_t*>(out));
+        default:
+            reject("item", "1, 2, 4 or 8 bytes where rows are filled up", item);
     }
 }
 
@@ -251,12 +268,12 @@ Outcome deliver_integers(const FileRows& rows, Stored stored, int64_t fill, int6
     });
 }
 
-Outcome deliver_raw(const FileRows& rows, int64_t item, uint8_t* out) {
+Outcome deliver_raw(const FileRows& rows, int64_t item, int64_t fill, uint8_t* out) {
     check(rows, item, out);
-    require(!rows.lengths, "lengths", "rows of one length", "others");
     const int64_t row_bytes = rows.length * item;
     expect_writing(out, rows.R * row_bytes);
     const bool past = goes_past_cache(out, row_bytes, rows.R * row_bytes);
+    fill_up(rows, item, fill, out);
     return deliver(rows, item, [=](const uint8_t* from, int64_t place, int64_t count) {
         copy(out + place * item, from, count * item, past);
     });

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../check.h"
 #include "file.h"
 
 namespace finf {
@@ -17,15 +18,12 @@ struct FileRows {
     int64_t threads;
 };
 
-// The integer types of items, in the order of their codes.
-enum class Stored : int { u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, i64 = 6 };
-
 // Every item as int64, short rows filled up with `fill`: out (R, length). Throws std::invalid_argument for what cannot
 // be asked; whatever the disk does is in the outcome, and `out` then holds no batch.
 Outcome deliver_integers(const FileRows& rows, Stored stored, int64_t fill, int64_t* out);
 
-// Items of `item` bytes as they are; all rows of one length.
-Outcome deliver_raw(const FileRows& rows, int64_t item, uint8_t* out);
+// Items of `item` bytes as they are; where short rows are filled up, with the low bytes of `fill`, 1, 2, 4 or 8.
+Outcome deliver_raw(const FileRows& rows, int64_t item, int64_t fill, uint8_t* out);
 
 // What stands for a byte: tables (C, 256) of words of 2 or 4 bytes, table c for `run` bytes of a row, then the next,
 // and the first again; a row is a whole number of such rounds. Where the words are (x / 255 - mean) / std in float32 or

@@ -27,8 +27,9 @@ from finf_fast.corpus.recognise import is_path, map_labels, own_folder, recognis
 from finf_fast.corpus.saved import open_saved
 from finf_fast.corpus.shards import folder_files, paths_of
 from finf_fast.corpus.tokens import NoWindow, TokenCorpus
+from finf_fast.corpus.undecoded import Undecoded
 
-__all__ = ["Corpus", "evenly", "open_corpus"]
+__all__ = ["Corpus", "Undecoded", "evenly", "open_corpus"]
 
 log = logging.getLogger("finf_fast")
 

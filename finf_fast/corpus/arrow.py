@@ -6,6 +6,7 @@ never loaded but read from there, as from any other file. pyarrow comes with ``p
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -20,6 +21,7 @@ from finf_fast.corpus.delivery import Starts, as_stored, integers
 from finf_fast.corpus.documents import check_max_length
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.stream import Column, map_stream
+from finf_fast.corpus.undecoded import Undecoded, is_narrow, tokens_apart
 from finf_fast.records import DamagedFile
 
 __all__ = ["ArrowCorpus", "SelectedCorpus"]
@@ -50,6 +52,7 @@ class ArrowCorpus(Corpus):
     """
 
     format = "arrow"
+    _as_stored = False
 
     def __init__(
         self,
@@ -83,6 +86,10 @@ class ArrowCorpus(Corpus):
                 return self._spans(column, *self._where(indices))[1]
         return None
 
+    def undecoded(self) -> Undecoded | None:
+        """See :meth:`Corpus.undecoded`; masks that are made are bytes."""
+        return tokens_apart(self, [column.dtype for column in self._columns])
+
     def _rows(self, start: int, stop: int) -> dict[str, Tensor]:
         return self._taken(np.arange(start, stop))
 
@@ -95,7 +102,7 @@ class ArrowCorpus(Corpus):
             batch[column.name] = self._padded(column, firsts, counts, longest)
             if column.name == "input_ids" and self._makes_mask:
                 mask = torch.arange(longest) < torch.from_numpy(counts)[:, None]
-                batch["attention_mask"] = mask.long()
+                batch["attention_mask"] = mask.to(torch.uint8 if self._as_stored else torch.int64)
         return batch
 
     @property
@@ -184,12 +191,10 @@ class ArrowCorpus(Corpus):
 
     def _padded(self, column: Column, firsts: np.ndarray, counts: np.ndarray, longest: int) -> Tensor:
         items, starts = self._items(column.dtype), _stepping(firsts, int(counts[0]))
-        if column.dtype.kind == "f":
-            rows = as_stored(items, starts, longest)
-        elif column.is_ragged:
-            rows = integers(items, firsts, longest, counts, FILLER.get(column.name, 0))
-        else:
-            rows = integers(items, starts, longest)
+        fill = FILLER.get(column.name, 0)
+        kept = column.dtype.kind == "f" or (self._as_stored and is_narrow(column.dtype, fill))
+        read = as_stored if kept else integers
+        rows = read(items, firsts, longest, counts, fill) if column.is_ragged else read(items, starts, longest)
         return rows.view(-1) if column.is_number else rows
 
     def _items(self, dtype: np.dtype) -> MappedArray:
@@ -242,6 +247,15 @@ class SelectedCorpus(Corpus):
     def lengths(self, start: int, stop: int) -> np.ndarray | None:
         """(stop - start,) int64 tokens of each row, where they differ; None where all have one shape."""
         return self._source._lengths_of(self._indices(np.arange(start, stop)))
+
+    def undecoded(self) -> Undecoded | None:
+        """See :meth:`Corpus.undecoded`."""
+        found = self._source.undecoded()
+        if self.transform is not None or found is None:
+            return None
+        stored = copy.copy(self)
+        stored._source = found.corpus
+        return found._replace(corpus=stored)
 
     def _rows(self, start: int, stop: int) -> Any:
         return self._taken(np.arange(start, stop))

@@ -21,6 +21,7 @@ from finf_fast.corpus.reading import Reading
 
 if TYPE_CHECKING:
     from finf_fast.corpus.files import MappedFile
+    from finf_fast.corpus.undecoded import Undecoded
 
 __all__ = ["Corpus", "runs_of"]
 
@@ -91,8 +92,8 @@ class Corpus(ABC):
         """(stop - start,) int64 tokens of these samples, where they differ; None where all have one shape."""
         return None
 
-    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
-        """The same samples with their pixels as stored, and what decodes such a batch, on any device, to the same bits.
+    def undecoded(self) -> Undecoded | None:
+        """The same samples with pixels or tokens as stored, and what decodes them, on any device, to the same bits.
 
         None where nothing is decoded, and where a transform waits for what is.
         """

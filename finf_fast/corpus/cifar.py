@@ -17,6 +17,7 @@ from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.delivery import Starts, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.pixels import Pixels, apart
+from finf_fast.corpus.undecoded import Undecoded
 from finf_fast.records import DamagedFile
 
 __all__ = ["CifarCorpus", "cifar_files"]
@@ -73,7 +74,7 @@ class CifarCorpus(Corpus):
     def _batch(self, images: Starts, labels: Starts) -> tuple[Tensor, Tensor]:
         return self._pixels.runs(self._records, images, SHAPE), integers(self._records, labels, 1).view(-1)
 
-    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
+    def undecoded(self) -> Undecoded | None:
         """See :meth:`Corpus.undecoded`."""
         return apart(self, self._pixels)
 

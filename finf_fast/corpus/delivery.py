@@ -72,20 +72,26 @@ def integers(
     return out
 
 
-def as_stored(array: MappedArray, starts: Starts, length: int) -> Tensor:
-    """Runs of floats, bools or bytes as (B, length) of their own dtype, in this machine's byte order."""
+def as_stored(
+    array: MappedArray, starts: Starts, length: int, lengths: Sequence[int] | np.ndarray | None = None, fill: int = 0
+) -> Tensor:
+    """Runs of numbers as (B, length) of their own dtype, in this machine's byte order.
+
+    Args, Raises:
+        as :func:`integers`; ``lengths`` that differ are of integers, whose dtype holds ``fill``.
+    """
+    lengths = None if lengths is None else np.ascontiguousarray(lengths, np.int64)
     plain = torch.from_numpy(np.empty(0, array.dtype.newbyteorder("="))).dtype
     out = array.file.reading.slots.empty((len(starts), length), plain)
     loops = _loops(array)
     if loops is None:
-        return _one_by_one(array, starts, length, None, out, _native)
-    item = array.dtype.itemsize
+        return _one_by_one(array, starts, length, lengths, out.fill_(fill), _native)
 
     def deliver(*where: int) -> tuple[int, int]:
-        *place, _, count, length, threads = where
-        return loops.deliver_raw(*place, count, length, threads, item, out.data_ptr())
+        return loops.deliver_raw(*where, array.dtype.itemsize, fill, out.data_ptr())
 
-    _delivered(array, starts, length, None, deliver)
+    if not _delivered(array, starts, length, lengths, deliver):
+        out.fill_(fill)
     return out
 
 

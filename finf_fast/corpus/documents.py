@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from finf_fast.corpus.base import Corpus, runs_of
-from finf_fast.corpus.delivery import integers
+from finf_fast.corpus.delivery import as_stored, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
+from finf_fast.corpus.undecoded import Undecoded, tokens_apart
 
 __all__ = ["DocumentCorpus", "check_max_length"]
 
@@ -30,6 +31,8 @@ class DocumentCorpus(Corpus):
         transform: callable on each batch.
     """
 
+    _as_stored = False
+
     def __init__(
         self,
         tokens: MappedArray,
@@ -44,6 +47,10 @@ class DocumentCorpus(Corpus):
         """(stop - start,) int64 tokens of each document, as they are read; the tokens themselves stay on the disk."""
         counts = self._spans(start, stop)[1]
         return counts if self.max_length is None else np.minimum(counts, self.max_length)
+
+    def undecoded(self) -> Undecoded | None:
+        """See :meth:`Corpus.undecoded`; masks, which are stored nowhere, are bytes."""
+        return tokens_apart(self, [self._tokens.dtype])
 
     @abstractmethod
     def _spans(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,9 +75,9 @@ class DocumentCorpus(Corpus):
         if self.max_length is not None:
             counts = np.minimum(counts, self.max_length)
         longest = max(1, int(counts.max()))
-        ids = integers(self._tokens, firsts, longest, counts)
+        ids = (as_stored if self._as_stored else integers)(self._tokens, firsts, longest, counts)
         mask = torch.arange(longest) < torch.from_numpy(counts)[:, None]
-        return {"input_ids": ids, "attention_mask": mask.long()}
+        return {"input_ids": ids, "attention_mask": mask.to(torch.uint8 if self._as_stored else torch.int64)}
 
     def _files(self) -> list[MappedFile]:
         return [self._tokens.file]

@@ -13,6 +13,8 @@ from finf_fast.corpus.base import Corpus, tree_map
 from finf_fast.corpus.collate import joined
 from finf_fast.corpus.digest import SAMPLED, WHOLE
 from finf_fast.corpus.files import MappedFile
+from finf_fast.corpus.undecoded import Undecoded
+from finf_fast.runs import gathered
 
 __all__ = ["JoinedCorpus"]
 
@@ -70,15 +72,15 @@ class JoinedCorpus(Corpus):
         found = [part.lengths(first, last) for part, first, last in self._pieces(start, stop)]
         return None if found[0] is None else np.concatenate(found)
 
-    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
+    def undecoded(self) -> Undecoded | None:
         """See :meth:`Corpus.undecoded`; all files have to be decoded alike."""
         found = [part.undecoded() for part in self._parts]
-        alike = all(part._settings() == self._parts[0]._settings() for part in self._parts)
-        if self.transform is not None or not alike or any(one is None for one in found):
+        first = found[0]
+        if self.transform is not None or any(one is None or one.alike != first.alike for one in found):
             return None
         stored = copy.copy(self)
-        stored._parts = [part for part, _ in found]
-        return stored, found[0][1]
+        stored._parts = [one.corpus for one in found]
+        return first._replace(corpus=stored)
 
     def _rows(self, start: int, stop: int) -> Any:
         return joined([part.read(first, last) for part, first, last in self._pieces(start, stop)])
@@ -87,7 +89,7 @@ class JoinedCorpus(Corpus):
         """File by file, each with its samples in their order; then back to the order asked for."""
         found, places = self._by_file(indices, Corpus.take)
         batch = joined(found)
-        return batch if len(found) == 1 else tree_map(lambda rows: rows[places], batch)
+        return batch if len(found) == 1 else tree_map(lambda rows: gathered(rows, places), batch)
 
     def _lengths_of(self, indices: np.ndarray) -> np.ndarray | None:
         found, places = self._by_file(indices, lambda part, own: part._lengths_of(own))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from finf_fast import ops
 from finf_fast.corpus.arrays import owned
 from finf_fast.corpus.delivery import Shades, Starts, as_stored, integers, shaded
 from finf_fast.corpus.files import MappedArray
+from finf_fast.corpus.undecoded import Undecoded
 
 if TYPE_CHECKING:
     from finf_fast.corpus.base import Corpus
@@ -166,7 +167,7 @@ class Pixels:
         return x.unsqueeze(1) if self.layout == "NHW" else x
 
 
-def apart(corpus: Corpus, pixels: Pixels) -> tuple[Corpus, Callable[[Any], Any]] | None:
+def apart(corpus: Corpus, pixels: Pixels) -> Undecoded | None:
     """:meth:`Corpus.undecoded` of one whose batches are what its ``_pixels`` make, alone or before the labels."""
     plain = pixels.undecoded()
     if plain is None or corpus.transform is not None:
@@ -179,7 +180,7 @@ def apart(corpus: Corpus, pixels: Pixels) -> tuple[Corpus, Callable[[Any], Any]]
         decoded = pixels.decode(raw, table(raw.device))
         return (decoded, *others) if others else decoded
 
-    return stored, decode
+    return Undecoded(stored, decode, "pixels", pixels.settings())
 
 
 def _per_channel(argument: str, values: float | Sequence[float] | None, channels: int) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.delivery import Starts, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.pixels import Pixels, apart
+from finf_fast.corpus.undecoded import Undecoded
 
 __all__ = ["RowFileCorpus"]
 
@@ -63,7 +64,7 @@ class RowFileCorpus(Corpus):
         if isinstance(self._labels, ArrayCorpus):
             hasher.update(self._labels.fingerprint.encode())
 
-    def undecoded(self) -> tuple[Corpus, Callable[[Any], Any]] | None:
+    def undecoded(self) -> Undecoded | None:
         """See :meth:`Corpus.undecoded`."""
         return apart(self, self._pixels)
 

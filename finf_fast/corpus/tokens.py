@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from finf_fast.corpus.base import Corpus
-from finf_fast.corpus.delivery import integers
+from finf_fast.corpus.delivery import Starts, as_stored, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.megatron import MegatronCorpus, has_index
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
 from finf_fast.corpus.npy import map_npy
+from finf_fast.corpus.undecoded import Undecoded, tokens_apart
 from finf_fast.corpus.unpack import is_gzip
 from finf_fast.records import DamagedFile
 
@@ -70,6 +71,7 @@ class TokenCorpus(Corpus):
     """
 
     format = "tokens"
+    _as_stored = False
 
     def __init__(
         self,
@@ -90,11 +92,18 @@ class TokenCorpus(Corpus):
             raise NoWindow(f"window: wanted at most {count} (the tokens in {name}), got {window}", [(name, count)])
         super().__init__(1 + (count - self.window) // self.stride, transform)
 
+    def undecoded(self) -> Undecoded | None:
+        """See :meth:`Corpus.undecoded`."""
+        return tokens_apart(self, [self._tokens.dtype])
+
     def _rows(self, start: int, stop: int) -> torch.Tensor:
-        return integers(self._tokens, range(start * self.stride, stop * self.stride, self.stride), self.window)
+        return self._windows(range(start * self.stride, stop * self.stride, self.stride))
 
     def _taken(self, indices: np.ndarray) -> torch.Tensor:
-        return integers(self._tokens, indices * self.stride, self.window)
+        return self._windows(indices * self.stride)
+
+    def _windows(self, starts: Starts) -> torch.Tensor:
+        return (as_stored if self._as_stored else integers)(self._tokens, starts, self.window)
 
     def _files(self) -> list[MappedFile]:
         return [self._tokens.file]

@@ -15,6 +15,7 @@ from finf_fast.loss.base import Head, Loss, Result, batch_size, byte_size, cast,
 from finf_fast.loss.custom import Custom
 from finf_fast.loss.entropy import CausalLM, CrossEntropy, MaskedLM, Seq2Seq
 from finf_fast.loss.squared_error import SquaredError
+from finf_fast.loss.stored import check_stored, is_served
 
 __all__ = [
     "CausalLM",
@@ -29,6 +30,8 @@ __all__ = [
     "batch_size",
     "byte_size",
     "cast",
+    "check_stored",
+    "is_served",
     "joined",
     "mapped",
     "resolve",

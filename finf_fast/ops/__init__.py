@@ -10,6 +10,7 @@ from finf_fast.ops.activation_delta import activation_delta
 from finf_fast.ops.attention_delta import attention_delta
 from finf_fast.ops.cross_entropy_delta import cross_entropy_delta, cross_entropy_delta_out
 from finf_fast.ops.decode_pixels import decode_pixels
+from finf_fast.ops.decode_tokens import decode_tokens
 from finf_fast.ops.dispatch import chosen, faces
 from finf_fast.ops.group_norm_delta import group_norm_delta
 from finf_fast.ops.layer_norm_delta import layer_norm_delta
@@ -28,6 +29,7 @@ __all__ = [
     "cross_entropy_delta",
     "cross_entropy_delta_out",
     "decode_pixels",
+    "decode_tokens",
     "faces",
     "group_norm_delta",
     "layer_norm_delta",

@@ -133,8 +133,7 @@ def _run_triton(q, k, v, causal, scale, mask, softcap):
         return out.zero_()
     scale = 1 / math.sqrt(max(E, 1)) if scale is None else scale
     mask = None if mask is None else mask.expand(B, H, T, k.shape[3])
-    # Rows whose numbers are not neighbours are gathered once: every program would read them with gaps.
-    kernel.attention_delta(rows(q), rows(k), rows(v), out, causal=causal, scale=scale, mask=mask, cap=softcap)
+    kernel.attention_delta(q, k, v, out, causal=causal, scale=scale, mask=mask, cap=softcap)
     return out
 
 

@@ -60,6 +60,7 @@ class Verdict:
 _ANY = Face(None, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _SHORT = Face(("cpu",), (torch.float32, torch.bfloat16))
 _GPU = Face(("cuda",), (torch.float32, torch.bfloat16))
+_STORED = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32)
 
 # Faces in order of preference: what is listed first is fastest where it runs at all.
 TABLE: dict[str, dict[str, Face]] = {
@@ -67,6 +68,7 @@ TABLE: dict[str, dict[str, Face]] = {
     "activation_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "attention_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "decode_pixels": {"cuda": _GPU, "reference": _ANY},  # on a CPU staging decodes as it reads
+    "decode_tokens": {"cuda": Face(("cuda",), _STORED), "reference": Face(None, _STORED)},
     "group_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "layer_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
     "linear_cross_entropy_delta": {"cpp": _SHORT, "triton": _GPU, "hybrid": _GPU, "reference": _ANY},

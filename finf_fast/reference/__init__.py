@@ -6,6 +6,7 @@ from finf_fast.reference.activation_delta import activation_delta
 from finf_fast.reference.attention_delta import attention_delta
 from finf_fast.reference.cross_entropy_delta import cross_entropy_delta
 from finf_fast.reference.decode_pixels import decode_pixels
+from finf_fast.reference.decode_tokens import decode_tokens
 from finf_fast.reference.group_norm_delta import group_norm_delta
 from finf_fast.reference.layer_norm_delta import layer_norm_delta
 from finf_fast.reference.linear_cross_entropy_delta import linear_cross_entropy_delta
@@ -21,6 +22,7 @@ __all__ = [
     "attention_delta",
     "cross_entropy_delta",
     "decode_pixels",
+    "decode_tokens",
     "group_norm_delta",
     "layer_norm_delta",
     "linear_cross_entropy_delta",
