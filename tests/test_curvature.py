@@ -18,13 +18,7 @@ from finf_fast.mirrors.watch import Watch, patches
 from finf_fast.skeleton import Skeleton
 from nets import conv_net, language_model, mlp, plain_losses
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_factors_of_an_mlp_are_their_definition():

@@ -11,16 +11,10 @@ from finf_fast.mirrors.passes import Passes, _same
 from mixing_models import Sorted, TimeFirst
 from nets import language_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = [{}, {"convention": "reduce"}, {"kind": "ekfac"}]
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Flattened(TimeFirst):

@@ -15,16 +15,9 @@ from finf_fast.lowrank import dense
 from finf_fast.mirrors import mirror, mirrors_of
 from nets import TinyLm, conv_net, mlp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIMIZERS = {"sgd": (torch.optim.SGD, 1e-2), "adam": (torch.optim.Adam, 5e-3)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Nets this small are slower on several threads, and very much so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stepped(model, query, method, direction, steps, mode, **options):

@@ -18,13 +18,7 @@ from finf_fast.lowrank import LowRank
 from finf_fast.records import ManifestMismatch, NonFiniteLoss
 from nets import conv_net, language_model, learn, mlp
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def judged(name):

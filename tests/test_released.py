@@ -16,18 +16,11 @@ from finf_fast.mirrors import mirror, mirrors_of
 from finf_fast.update import Update
 from released_transcription import tell
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAIN = 240  # samples, scored by each of the eight queries twice
 # Of |delta|, relative to the largest; and how many ranks must agree: in float32 the smallest scores lie too close.
 BOUNDS = [(torch.float32, 1e-5, 20), (torch.float64, 1e-12, TRAIN)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Nets this small are slower on several threads, and very much so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
