@@ -4,8 +4,8 @@ A mapping saves a copy, and costs calls that stop the process's other threads; w
 machine, so the first readings of some size try both in turn. What still has to come from the disk is read, for of a
 mapping the system reads less ahead; and a reader that goes from front to back has a thread run ahead of it
 (csrc/io/forerunner.h: a cold pass over 250 MB then takes as long as reading it, without 1.3 times as long). A mapped
-file that shrinks between the check of a piece and its use would end the process, if the compiled loops did not handle that signal
-(csrc/io/rescue.h); pread needs no such help, so mapping has to be worth it.
+file that shrinks between the check of a piece and its use would end the process, if the compiled loops did not handle
+that signal (csrc/io/rescue.h); pread needs no such help, so mapping has to be worth it.
 """
 
 from __future__ import annotations
