@@ -68,7 +68,7 @@ OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_d
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
   topk_merge))
 
-DISK_TESTS := $(addprefix tests/test_,$(addsuffix .py,corpus_arrow corpus_documents corpus_headers io_faults))
+DISK_TESTS := $(addprefix tests/test_,$(addsuffix .py,ahead corpus_arrow corpus_documents corpus_headers io_faults))
 
 # Operations with a Triton face: the same tests, its kernels interpreted on the CPU, a second a test. Left out are edges
 # of other faces' tiles (test_columns, half of test_panels, of attention all but one size), gains but one, 127 rows and
