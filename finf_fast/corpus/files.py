@@ -35,8 +35,8 @@ __all__ = ["MappedArray", "MappedFile"]
 # 590 maps are the limit.
 MOST_OPEN = 128
 # Bytes between the end of a reading and the next for which that follows it (windows overlap by a token), and of one
-# that is worth reading ahead for.
-NEXT, AHEAD_FROM = 4096, 1 << 16
+# that is worth reading ahead for: what is smaller, a fingerprint's piece above all, says little of what comes next.
+NEXT, AHEAD_FROM = 4096, 1 << 17
 Decoded = TypeVar("Decoded")
 
 
