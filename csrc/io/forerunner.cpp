@@ -30,7 +30,7 @@ namespace {
 constexpr int64_t PIECE = int64_t{1} << 20, AHEAD = 32 * PIECE;
 // Found in memory in a row, after which the thread leaves the file alone: the system keeps ahead of this reader.
 constexpr int64_t NOT_NEEDED = 2 * AHEAD;
-// Farther ahead than a reader that goes on can be run: it begins anew, and what is ahead of where it was is no use to it.
+// No reader that goes on is so far behind: this one begins anew, and what is ahead of where it was is no use to it.
 constexpr int64_t GONE_BACK = AHEAD + 2 * PIECE;
 // Bytes that may have come with the last ones read.
 constexpr int64_t SAME_PAGE = int64_t{1} << 16;
