@@ -110,6 +110,13 @@ def test_what_follows_is_brought_in_so_far_and_no_farther(path):
     assert soon(lambda: in_memory(path, 64 * MIB + AHEAD))
 
 
+def test_the_disk_goes_on_after_a_reading_longer_than_that(path):
+    array = opened(path)
+    for start in (0, 48 * MIB):
+        read(array, start, 48 * MIB)
+    assert soon(lambda: in_memory(path, 96 * MIB + AHEAD))
+
+
 def test_windows_that_overlap_follow_each_other(path):
     array = opened(path)
     for start in range(0, 4 * MIB, MIB):

@@ -110,6 +110,8 @@ class MappedFile:
         since = time.perf_counter()
         yield Source(opened.descriptor, *(opened.mapping() if way == "map" else (0, 0)))
         self.reading.note(way, count, time.perf_counter() - since)
+        if ahead:  # a reading may be longer than what is brought in ahead of where it began
+            compiled().run_ahead(opened.descriptor, stop, self.size)
         self.require_same(start)
 
     def require_same(self, start: int) -> None:
