@@ -44,7 +44,8 @@ def lengths(batch: Mapping[str, Tensor], loss: Loss) -> Tensor:
     there = mask != 0
     for key in LABEL_KEYS:
         if key in batch and batch[key].shape == mask.shape:
-            there = there | (batch[key] != loss.ignore_index)
+            # Of a narrow type torch would take what does not fit, -100 of uint8, for what is left of it: 156.
+            there = there | (batch[key].long() != loss.ignore_index)
     columns = torch.arange(1, mask.shape[1] + 1)
     return (there * columns).amax(1).clamp_(min=1)
 

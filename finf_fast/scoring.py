@@ -162,9 +162,11 @@ class Scorer:
             except IndexError as error:
                 self._name_the_sample(block, part, error)
             except Exception as error:
-                if not out_of_memory(error) or len(part) == 1:
+                # Before there is a part, where its rows were to be gathered on the device.
+                tried = self._store.plan.forward_size(block.number) if part is None else len(part)
+                if not out_of_memory(error) or tried == 1:
                     raise
-                halved = max(1, len(part) // 2)
+                halved = tried // 2
             self._tell(0)
             self._resume(before)
             self._store.halve(block.number, halved)

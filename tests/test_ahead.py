@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import mmap
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -107,6 +110,13 @@ def test_what_follows_is_brought_in_so_far_and_no_farther(path):
     assert soon(lambda: in_memory(path, 64 * MIB + AHEAD))
 
 
+def test_the_disk_goes_on_after_a_reading_longer_than_that(path):
+    array = opened(path)
+    for start in (0, 48 * MIB):
+        read(array, start, 48 * MIB)
+    assert soon(lambda: in_memory(path, 96 * MIB + AHEAD))
+
+
 def test_windows_that_overlap_follow_each_other(path):
     array = opened(path)
     for start in range(0, 4 * MIB, MIB):
@@ -122,6 +132,46 @@ def test_readings_here_and_there_bring_in_nothing_more(path, starts):
     time.sleep(0.2)
     assert not in_memory(path, max(starts) * MIB + AHEAD)
     assert openings(path) == 1
+
+
+def test_a_reader_that_begins_anew_is_run_ahead_of_again(path):
+    array = opened(path)
+    for begin in (BEYOND, 0):
+        for start in range(begin, begin + 4 * MIB, MIB):
+            read(array, start)
+        assert soon(lambda begin=begin: in_memory(path, begin + 4 * MIB + AHEAD))
+
+
+def test_a_reader_in_memory_that_begins_anew_is_not_said_to_wait(path):
+    array = opened(path)
+    for start in range(BEYOND, BEYOND + 4 * MIB, MIB):
+        read(array, start)
+    path.read_bytes()
+    assert _C.run_ahead(array.file._open().descriptor, BEYOND + 4 * MIB, FILE)
+    assert not _C.run_ahead(array.file._open().descriptor, 0, FILE)
+
+
+def test_a_fingerprint_brings_in_its_pieces_alone(path):
+    file = opened(path).file
+    file.digest(hashlib.blake2b())
+    time.sleep(0.2)
+    assert not in_memory(path, 1 * MIB)
+
+
+NO_THREADS = """
+import os, resource, sys
+from finf_fast import _C
+descriptor = os.open(sys.argv[1], os.O_RDONLY)
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)  # less than a thread's stack
+print(_C.run_ahead(descriptor, 0, 160 << 20))
+"""
+
+
+def test_a_process_that_may_have_no_more_threads_is_left_alone(path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", NO_THREADS, path], capture_output=True, text=True, env=env)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_small_readings_bring_in_nothing_more(path):

@@ -10,7 +10,7 @@ import torch
 
 import finf_fast as ff
 from corpus_files import llmc_bytes, npy_bytes, write
-from finf_fast import loss, pipeline, transfer
+from finf_fast import loss, pipeline, ragged, transfer
 from finf_fast.corpus import open_corpus
 from finf_fast.loss import check_stored, is_served
 from finf_fast.ops.decode_tokens import STORED
@@ -234,6 +234,13 @@ def test_whose_check_is_served():
 
     assert not is_served(Own())
     assert is_served(loss.resolve(lambda model, batch: batch.float().sum(1)))  # it has none
+
+
+@pytest.mark.parametrize("dtype, ignored, label", [("uint8", -100, 156), ("int8", 300, 44), ("uint16", -100, 65436)])
+def test_a_label_is_not_taken_for_an_ignored_one_that_does_not_fit(dtype, ignored, label):
+    batch = {"input_ids": torch.zeros(1, 4, dtype=torch.uint8), "attention_mask": torch.tensor([[1, 1, 0, 0]])}
+    batch["targets"] = torch.tensor([[1, 1, label, label]]).to(getattr(torch, dtype))
+    assert ragged.lengths(batch, loss.CausalLM(ignore_index=ignored)).tolist() == [4]
 
 
 # The sweep

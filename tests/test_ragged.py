@@ -156,6 +156,25 @@ def test_memory_running_out_in_a_window(monkeypatch):
     assert counted[-1] == 30 and max(counted) == 30
 
 
+def test_memory_that_runs_out_before_a_forward_has_its_rows(monkeypatch):
+    model, data = language_model(30)
+    updates, real = updates_of(model, data), ragged.parts
+    whole = ff.sweep(model, updates, data, loss="causal_lm", batch_size=8)
+
+    def tight(read, loss, size, *more):
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return real(read, loss, size, *more)
+
+    monkeypatch.setattr(ragged, "parts", tight)
+    scores = ff.sweep(model, updates, data, loss="causal_lm", batch_size=8)
+    np.testing.assert_allclose(scores.delta, whole.delta, atol=1e-14)
+    assert scores.manifest["plan"]["halvings"] == [[0, 4], [0, 2]]
+    monkeypatch.setattr(ragged, "parts", lambda *_: tight(*_[:2], 3))
+    with pytest.raises(torch.OutOfMemoryError):
+        ff.sweep(model, updates, data, loss="causal_lm", batch_size=8)
+
+
 def test_a_window_that_was_interrupted_is_done_again_with_the_same_bits(tmp_path):
     model, data = language_model(600)
     updates = updates_of(model, data)

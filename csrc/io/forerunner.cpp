@@ -1,11 +1,14 @@
 #include "forerunner.h"
 
 #if defined(__linux__)
+#include <sys/uio.h>
+#endif
+
+#if defined(RWF_NOWAIT)  // since glibc 2.27, and not in every other C library
 
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/sendfile.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #include "../of_this_process.h"
@@ -26,6 +30,8 @@ namespace {
 constexpr int64_t PIECE = int64_t{1} << 20, AHEAD = 32 * PIECE;
 // Found in memory in a row, after which the thread leaves the file alone: the system keeps ahead of this reader.
 constexpr int64_t NOT_NEEDED = 2 * AHEAD;
+// No reader that goes on is so far behind: this one begins anew, and what is ahead of where it was is no use to it.
+constexpr int64_t GONE_BACK = AHEAD + 2 * PIECE;
 // Bytes that may have come with the last ones read.
 constexpr int64_t SAME_PAGE = int64_t{1} << 16;
 // Read at a time: more files than belong to one sample.
@@ -106,6 +112,10 @@ class Forerunner {
         std::lock_guard<std::mutex> lock(state_);
         Stream* const stream = of(reader);
         if (!stream) return false;
+        if (stream->at - reached > GONE_BACK) {
+            *stream = {};
+            return false;
+        }
         stream->reached = reached;
         stream->at = std::max(stream->at, reached);
         stream->end = end;
@@ -119,10 +129,18 @@ class Forerunner {
         std::lock_guard<std::mutex> lock(state_);
         const auto earlier = [](const Stream& a, const Stream& b) { return a.call < b.call; };
         Stream* const oldest = std::min_element(std::begin(streams_), std::end(streams_), earlier);
-        if (oldest->waiting() || of(reader)) return;
+        if (oldest->waiting() || of(reader) || !has_thread()) return;
         *oldest = {std::make_shared<File>(reader), reader, reached, reached, 0, 0, 0};
-        if (!working_) std::thread(&Forerunner::work, this).detach();
-        working_ = true;
+    }
+
+    // A process that may have no more threads reads as fast as it can without.
+    bool has_thread() {
+        try {
+            if (!working_) std::thread(&Forerunner::work, this).detach();
+            working_ = true;
+        } catch (const std::system_error&) {
+        }
+        return working_;
     }
 
     // The one whose reader is closest behind.

@@ -35,8 +35,8 @@ __all__ = ["MappedArray", "MappedFile"]
 # 590 maps are the limit.
 MOST_OPEN = 128
 # Bytes between the end of a reading and the next for which that follows it (windows overlap by a token), and of one
-# that is worth reading ahead for.
-NEXT, AHEAD_FROM = 4096, 1 << 16
+# that is worth reading ahead for: what is smaller, a fingerprint's piece above all, says little of what comes next.
+NEXT, AHEAD_FROM = 4096, 1 << 17
 Decoded = TypeVar("Decoded")
 
 
@@ -110,6 +110,8 @@ class MappedFile:
         since = time.perf_counter()
         yield Source(opened.descriptor, *(opened.mapping() if way == "map" else (0, 0)))
         self.reading.note(way, count, time.perf_counter() - since)
+        if ahead:  # a reading may be longer than what is brought in ahead of where it began
+            compiled().run_ahead(opened.descriptor, stop, self.size)
         self.require_same(start)
 
     def require_same(self, start: int) -> None:
