@@ -92,12 +92,13 @@ class Tiles:
 # A thread holds its share of N, of scores, their gains and both weights: as many keys as leave nothing for the stack,
 # half as many where a mask or a soft cap takes registers too. Above 128 the queries alone fill shared memory, and
 # blocks of 32 rows are multiplied in the older way (HMMA). float32 holds operands in registers too: small blocks.
-# Heads beyond 256 are spread over more threads; Triton 3.6 still spills three registers of a masked and capped change.
-_BEYOND = Tile(16, 16, 8, 1)
+# Heads beyond 256 are spread over more threads, and loaded two blocks at a time where shared memory has room for them:
+# with one, Triton 3.6 spilt three registers of a masked and capped change; with two 70 are left over.
+_BEYOND, _AHEAD = Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)
 _LONG = (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), _BEYOND)
 _AMPERE = Tiles(
-    plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
-    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _BEYOND),
+    plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _AHEAD),
+    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _AHEAD),
     long=(Tile(16, 16, 8, 1), *_LONG[1:]),
 )
 # Less shared memory: 99 KiB.
@@ -107,8 +108,8 @@ _ADA = Tiles(
     long=(Tile(16, 16, 8, 1), *_LONG[1:]),
 )
 _HOPPER = Tiles(
-    plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
-    busy=(Tile(64, 16, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _BEYOND),
+    plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), _AHEAD),
+    busy=(Tile(64, 16, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _AHEAD),
     long=_LONG,
 )
 _FEW = (Tile(64, 64, 1, 1),) * 4

@@ -6,7 +6,7 @@ from finf_fast.kernels.configurations import Specimen, has_descriptors, roomy, s
 from finf_fast.kernels.head_finish import finish_far_kernel, finish_kernel
 from finf_fast.kernels.head_sums import sums_kernel
 from finf_fast.kernels.head_targets import inner_kernel, target_kernel
-from finf_fast.kernels.linear_cross_entropy_delta import FINISH_ROWS, INNER, TABLE, TARGET_BLOCK, choose, constants
+from finf_fast.kernels.linear_cross_entropy_delta import FINISH_ROWS, INNER, TABLE, TARGET_BLOCK, choose, constants, target_options
 
 
 def specimens(architecture: int) -> list[Specimen]:
@@ -34,7 +34,11 @@ def specimens(architecture: int) -> list[Specimen]:
         _walk_specimen(architecture, "float32 queries", {**everything, "dW": False}, kind="fp32"),
         _walk_specimen(architecture, "float32 pair and all", {**everything, "dW": False}, "fp32", True, **capped),
     ]
-    return [*walks, _target_specimen(), _inner_specimen(), *_finish_specimens()]
+    targets = [
+        _target_specimen("targets", dict.fromkeys(("dx", "U", "db", "bias"), True)),
+        _target_specimen("targets, dense alone", {"dW": True}),
+    ]
+    return [*walks, *targets, _inner_specimen(), *_finish_specimens()]
 
 
 _LONG = ("X", "DX", "W", "X1", "DW")
@@ -81,11 +85,11 @@ def _specimen(name, kernel, types, numbers, constants, num_warps=4, num_stages=3
     return Specimen(name, kernel, given | numbers, absent | constants, num_warps, num_stages, **more)
 
 
-def _target_specimen() -> Specimen:
-    given = dict.fromkeys(("dx", "U", "db", "bias"), True)
+def _target_specimen(name, given) -> Specimen:
     numbers = {**_STRIDES, **_SIZES, "rank": "i32", "cap": "fp32", "ignore_index": "i32"}
     constants = {"SOFTCAP": True, "HALVES": 2, "BLOCK": TARGET_BLOCK}
-    return _specimen("targets", target_kernel, _types(given, "bf16", False), numbers, constants)
+    types = _types(given, "bf16", False)
+    return _specimen(name, target_kernel, types, numbers, constants, options=target_options())
 
 
 def _inner_specimen() -> Specimen:

@@ -262,10 +262,12 @@ def normalize(
     weight, bias, dweight, dbias = params
     found = settings_for(SETTINGS, architecture(x.device))
     grouped = groups > 1 or run > 1
-    kernel, width, rows, warps = _shape(found, D, grouped)
+    strides = (*x.stride()[:2], *(() if other is None else other.stride()[:2]))
+    ragged = any(number % 16 for number in (D, *strides))
+    kernel, width, rows, warps = _shape(found, D, grouped, ragged)
     kernel[(triton.cdiv(N, rows),)](
         *(x, other, weight, bias, dweight, dbias, y, total),
-        *(x.stride(0), x.stride(1), *((0, 0) if other is None else (other.stride(0), other.stride(1)))),
+        *(*strides, *((0, 0) if other is None else ())),
         *(y.stride(0), groups * (D // run), N, D, len(y) - 1, groups, run, eps),
         CENTRED=centred,
         GROUPED=grouped,
@@ -278,37 +280,48 @@ def normalize(
     )
 
 
-def _shape(found: Settings, D: int, grouped: bool) -> tuple[Any, int, int, int]:
-    """Kernel, and width, rows and warps of a program, for rows of D numbers."""
-    if (found.longest_grouped if grouped else found.longest) < D:
-        return _norm_long_kernel, found.chunk, 1, max(1, found.chunk // (32 * found.each))
+def _shape(found: Settings, D: int, grouped: bool, ragged: bool) -> tuple[Any, int, int, int]:
+    """Kernel, and width, rows and warps of a program, for rows of D numbers.
+
+    Ragged rows, whose width or strides are no multiples of 16, are read a number at a time: with 16 of them to a thread
+    addresses alone took up to 360 bytes of stack, with 8 none.
+    """
+    longest, chunk, least, each = found.longest, found.chunk, found.least, found.each
+    if grouped:
+        longest = found.longest_grouped
+    if ragged and each < 32:  # the interpreter's threads have room for all
+        longest, chunk, least, each = min(longest, chunk // 2), chunk // 2, least // 2, each // 2
+    if longest < D:
+        return _norm_long_kernel, chunk, 1, max(1, chunk // (32 * each))
     width = triton.next_power_of_2(D)
-    rows, each = max(1, found.least // width), found.each
-    if width > 4096 and found.each < 32 and not newer_assembler():  # which spills two registers of the longest row
+    if width > 4096 and each < 32 and not newer_assembler():  # which spills two registers of the longest row
         each //= 2
+    rows = max(1, min(512, least // width))
     return _norm_rows_kernel, width, rows, max(1, width * rows // (32 * each))
 
 
 def specimens(architecture: int) -> list[Specimen]:
-    """Rows within registers and beyond, with all that a norm may have; and group norm's parameters."""
+    """Rows within registers and beyond, whole ones and ragged ones, with all that a norm may have; and group norm's
+    parameters."""
     found = settings_for(SETTINGS, architecture)
     return [
         _specimen(f"{kind} {D} {'grouped' if grouped else 'residual'}", kind, found, D, grouped)
         for kind in ("bf16", "fp32")
         for grouped, longest in ((False, found.longest), (True, found.longest_grouped))
-        for D in (64, 768, longest, longest + 1)
+        for D in (64, 768, longest, longest + 16, 1, 20, 999, 2001, 2049)
     ]
 
 
 def _specimen(name: str, kind: str, found: Settings, D: int, groups: bool) -> Specimen:
-    kernel, width, rows, warps = _shape(found, D, groups)
+    ragged = D % 16 != 0
+    kernel, width, rows, warps = _shape(found, D, groups, ragged)
     stacks = dict.fromkeys(["X", "Y"] if groups else ["X", "Y", "OTHER", "SUM"], f"*{kind}")
     params = dict.fromkeys(["WEIGHT", "BIAS", "DWEIGHT", "DBIAS"], "*fp32")
-    sizes = ["x_q", "x_n", "other_q", "other_n", "y_q", "param_q", "N", "D", "CHANGES", "GROUPS", "RUN"]
+    strides = ["x_q", "x_n", "other_q", "other_n", "y_q", "param_q", "D"]
     return Specimen(
         name,
         kernel,
-        {**stacks, **params, **dict.fromkeys(sizes, "i32"), "eps": "fp32"},
+        {**stacks, **params, **dict.fromkeys([*strides, "N", "CHANGES", "GROUPS", "RUN"], "i32"), "eps": "fp32"},
         {
             **({"OTHER": None, "SUM": None} if groups else {}),
             **{"CENTRED": True, "GROUPED": groups, "X_MOVES": True, "OTHER_MOVES": not groups},
@@ -316,5 +329,5 @@ def _specimen(name: str, kind: str, found: Settings, D: int, groups: bool) -> Sp
         },
         num_warps=warps,
         num_stages=1,
-        unaligned=("RUN",),
+        unaligned=("RUN", *strides) if ragged else ("RUN",),
     )
