@@ -6,7 +6,15 @@ from finf_fast.kernels.configurations import Specimen, has_descriptors, roomy, s
 from finf_fast.kernels.head_finish import finish_far_kernel, finish_kernel
 from finf_fast.kernels.head_sums import sums_kernel
 from finf_fast.kernels.head_targets import inner_kernel, target_kernel
-from finf_fast.kernels.linear_cross_entropy_delta import FINISH_ROWS, INNER, TABLE, TARGET_BLOCK, choose, constants, target_options
+from finf_fast.kernels.linear_cross_entropy_delta import (
+    FINISH_ROWS,
+    INNER,
+    TABLE,
+    TARGET_BLOCK,
+    choose,
+    constants,
+    target_options,
+)
 
 
 def specimens(architecture: int) -> list[Specimen]:
