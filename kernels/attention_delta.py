@@ -50,7 +50,16 @@ from finf_fast.kernels.attention_scores import (
     store_numbers,
     write,
 )
-from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, alone, architecture, roomy, settings_for
+from finf_fast.kernels.configurations import (
+    INTERPRETER,
+    OPTIONS,
+    Specimen,
+    alone,
+    architecture,
+    newer_assembler,
+    roomy,
+    settings_for,
+)
 from finf_fast.kernels.layouts import aligned
 from finf_fast.kernels.numerics import expm1, product, rounded
 
@@ -98,7 +107,8 @@ _BEYOND, _AHEAD = Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)
 _LONG = (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), _BEYOND)
 _AMPERE = Tiles(
     plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _AHEAD),
-    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), _AHEAD),
+    # Triton 3.6 spills twelve registers of 32 keys.
+    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32 if newer_assembler() else 16, 8, 2), _AHEAD),
     long=(Tile(16, 16, 8, 1), *_LONG[1:]),
 )
 # Less shared memory: 99 KiB.
@@ -342,8 +352,9 @@ def _launch(
 
 
 def _room(architecture: int, dtype: torch.dtype, width: int, tile: Tile) -> dict[str, int]:
-    """Options on registers: before 9.0 any assembler spills a few of a wide head's to fit in another program."""
-    if 0 < architecture < 90 and width > 128:
+    """Options on registers: before 9.0 any assembler spills a few of a wide head's to fit in another program, and that
+    of Triton 3.6 a few of a narrow one's."""
+    if 0 < architecture < 90 and (width > 128 or (width <= 64 and not newer_assembler())):
         return alone(tile.num_warps)
     return roomy(tile.num_warps) if dtype == torch.float32 else {}
 

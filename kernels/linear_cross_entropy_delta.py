@@ -72,7 +72,8 @@ class Settings:
 # half as many columns.
 # float32 goes by multiply-adds, whose operands lie in registers: 32 × 32, and 8 warps to a few numbers each.
 _FMA = Tiles(32, 32, 16, 8, 2)
-_FMA_80 = Tiles(32, 64, 16, 8, 2)  # there the smaller one is given 128 registers by the assembler, and spills
+# There 3.9's assembler gives the smaller one 128 registers, and spills; 3.6's may use all, and spills two of the other.
+_FMA_80 = Tiles(32, 64 if newer_assembler() else 32, 16, 8, 2)
 _PLAIN = 128 if newer_assembler() else 64
 # (x + dx) R of a low-rank change: float32 too, a hundredth of all work.
 INNER = Tiles(32, 16, 32, 4, 2)
