@@ -22,7 +22,6 @@ The compiled face does the same in one walk (``csrc/cpu/tiles/attention_delta.in
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +52,6 @@ from finf_fast.kernels.attention_scores import (
 from finf_fast.kernels.configurations import (
     INTERPRETER,
     OPTIONS,
-    Specimen,
     alone,
     architecture,
     newer_assembler,
@@ -127,7 +125,7 @@ TILES = {INTERPRETER: Tiles(_FEW, _FEW, _FEW), 80: _AMPERE, 89: _ADA, 90: _HOPPE
 
 
 @triton.jit(do_not_specialize=["HEADS", "GROUP", "T", "TK"])
-def _value_kernel(
+def value_kernel(
     Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_t, m_k, HEADS, GROUP, T, TK, E, EV, scale, cap,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
@@ -162,7 +160,7 @@ def _value_kernel(
 
 
 @triton.jit(do_not_specialize=["QUERIES", "HEADS", "GROUP", "T", "TK"])
-def _change_kernel(
+def change_kernel(
     Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
     QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
@@ -242,7 +240,7 @@ def _first_mean(gained, p, total):
 
 
 @triton.jit(do_not_specialize=["QUERIES", "HEADS", "GROUP", "T", "TK"])
-def _large_change_kernel(
+def large_change_kernel(
     Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
     QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
@@ -335,23 +333,23 @@ def _launch(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **OPTIONS,
-        **_room(architecture(q.device), q.dtype, max(width(E), width(EV)), tile),
+        **registers(architecture(q.device), q.dtype, max(width(E), width(EV)), tile),
     }
     strides = (*q.stride()[1:4], *k.stride()[1:4], *v.stride()[1:4], *places)
-    _value_kernel[(blocks,)](q, k, v, mask, out, y, top, total, leader, *strides, *numbers, **shape)
+    value_kernel[(blocks,)](q, k, v, mask, out, y, top, total, leader, *strides, *numbers, **shape)
     if not Q:
         return
     moves = {"Q_MOVES": len(q) > 1, "K_MOVES": len(k) > 1, "V_MOVES": len(v) > 1}
     strides = (*q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *places, out.stride(0))
     large = torch.empty(Q * blocks * tile.BLOCK_M, dtype=torch.float32, device=q.device)
     # The third kernel looks on the device whether it is needed, and mostly returns at once.
-    for kernel in (_change_kernel, _large_change_kernel)[: 1 + (moves["Q_MOVES"] or moves["K_MOVES"])]:
+    for kernel in (change_kernel, large_change_kernel)[: 1 + (moves["Q_MOVES"] or moves["K_MOVES"])]:
         kernel[(Q * blocks,)](
             *(q, k, v, mask, out, y, top, total, leader, large, *strides, Q, *numbers), **moves, **shape
         )
 
 
-def _room(architecture: int, dtype: torch.dtype, width: int, tile: Tile) -> dict[str, int]:
+def registers(architecture: int, dtype: torch.dtype, width: int, tile: Tile) -> dict[str, int]:
     """Options on registers: before 9.0 any assembler spills a few of a wide head's to fit in another program, and that
     of Triton 3.6 a few of a narrow one's."""
     if 0 < architecture < 90 and (width > 128 or (width <= 64 and not newer_assembler())):
@@ -362,42 +360,3 @@ def _room(architecture: int, dtype: torch.dtype, width: int, tile: Tile) -> dict
 def width(E: int) -> int:
     """Numbers of a head that a tile holds: a power of two from 16, the least that a product takes."""
     return max(16, triton.next_power_of_2(E))
-
-
-def specimens(architecture: int) -> list[Specimen]:
-    """Every tile with all that moves: plain scores, and masked and capped ones."""
-    tiles = settings_for(TILES, architecture)
-    cases = itertools.product(
-        (_value_kernel, _change_kernel, _large_change_kernel),
-        (("bf16", torch.bfloat16), ("fp32", torch.float32)),
-        (64, 128, 256, 512),
-        (False, True),
-    )
-    return [
-        _specimen(kernel, kind, width, tiles.of(dtype, width, busy), busy, architecture)
-        for kernel, (kind, dtype), width, busy in cases
-    ]
-
-
-def _specimen(kernel, kind: str, width: int, tile: Tile, busy: bool, architecture: int) -> Specimen:
-    strides = [name for name in kernel.arg_names if name.islower() and "_" in name]
-    sizes = [*strides, "QUERIES", "HEADS", "GROUP", "T", "TK", "E", "EV"]
-    signature = dict.fromkeys("QKV", f"*{kind}") | dict.fromkeys(sizes, "i32") | {"OUT": f"*{kind}", "scale": "fp32"}
-    signature |= dict.fromkeys(["Y", "TOP", "TOTAL", "LARGE"], "*fp32") | {"LEADER": "*i32"}
-    constexprs = dict.fromkeys(["CAUSAL", "Q_MOVES", "K_MOVES", "V_MOVES"], True)
-    constexprs |= {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WIDTH": width, "WIDTH_V": width}
-    if busy:
-        signature |= {"MASK": "*fp32", "cap": "fp32"}
-    else:
-        constexprs |= {"MASK": None, "cap": None}
-    unit = "HGMMA" if architecture == 90 and tile.BLOCK_M >= 64 else "HMMA"
-    return Specimen(
-        f"{kernel.fn.__name__.strip('_')} {kind} {width} {'masked and capped' if busy else 'plain'}",
-        kernel,
-        {name: kind for name, kind in signature.items() if name in kernel.arg_names},
-        {name: value for name, value in constexprs.items() if name in kernel.arg_names},
-        tile.num_warps,
-        tile.num_stages,
-        instructions=(unit,) if kind == "bf16" else (),
-        options=_room(architecture, torch.float32 if kind == "fp32" else torch.bfloat16, width, tile),
-    )

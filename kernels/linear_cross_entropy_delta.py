@@ -262,7 +262,8 @@ def _look_up_targets(head: _Head, ignore_index: int) -> tuple[Tensor, Tensor]:
         *(head.x, head.dx, head.W, head.centre, head.x1, head.dW, head.inner, head.U, head.bias, head.db),
         *(head.target, z_t, d_t, *_strides(head), N, D, len(head.W), head.Q, rank, head.softcap or 1.0, ignore_index),
         **{"SOFTCAP": bool(head.softcap), "HALVES": head.halves, "BLOCK": TARGET_BLOCK},
-        **{**target_options(), **OPTIONS},
+        **target_options(),
+        **OPTIONS,
     )
     return z_t, d_t
 
