@@ -19,11 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from finf_fast.kernels.configurations import INTERPRETER, OPTIONS, Specimen, architecture, newer_assembler, settings_for
+from finf_fast.kernels.layouts import MULTIPLE
 from finf_fast.kernels.numerics import rounded
+
+STAGES = 1  # no product waits for a load
 
 
 @dataclass(frozen=True)
-class Settings:
+class Rows:
     """How rows are shared out."""
 
     longest: int  # row that a program holds in its registers
@@ -33,12 +36,23 @@ class Settings:
     each: int  # numbers of a thread
 
 
+@dataclass(frozen=True)
+class Settings:
+    whole: Rows
+    ragged: Rows  # whose width or distances are no multiples of 16
+
+
 # 16 numbers of a thread are two loads of 16 bytes in bfloat16, four in float32, all under way at once; with what is
 # made of them they take about 100 registers. The longest row then fills half of a multiprocessor's registers, so that
-# one program loads while another adds up. The interpreter's rows are short, so that tests see both ways.
-_GPU = Settings(longest=8192, longest_grouped=4096, chunk=4096, least=2048, each=16)
+# one program loads while another adds up. Ragged rows are read a number at a time: with 16 of them to a thread
+# addresses alone took up to 360 bytes of stack, with 8 none. The interpreter's rows are short, so that tests see both
+# ways.
+_GPU = Settings(
+    whole=Rows(longest=8192, longest_grouped=4096, chunk=4096, least=2048, each=16),
+    ragged=Rows(longest=2048, longest_grouped=2048, chunk=2048, least=1024, each=8),
+)
 SETTINGS = {
-    INTERPRETER: Settings(longest=1024, longest_grouped=512, chunk=512, least=16384, each=1024),
+    INTERPRETER: Settings(*[Rows(longest=1024, longest_grouped=512, chunk=512, least=16384, each=1024)] * 2),
     80: _GPU,
     89: _GPU,
     90: _GPU,
@@ -259,12 +273,11 @@ def normalize(
         run: neighbouring numbers of a row that share a parameter.
     """
     _, N, D = x.shape
-    weight, bias, dweight, dbias = params
-    found = settings_for(SETTINGS, architecture(x.device))
+    weight, bias, dweight, dbias = map(_at_border, params)
     grouped = groups > 1 or run > 1
     strides = (*x.stride()[:2], *(() if other is None else other.stride()[:2]))
-    ragged = any(number % 16 for number in (D, *strides))
-    kernel, width, rows, warps = _shape(found, D, grouped, ragged)
+    ragged = any(number % MULTIPLE for number in (D, *strides))
+    kernel, width, rows, warps = _shape(architecture(x.device), D, grouped, ragged)
     kernel[(triton.cdiv(N, rows),)](
         *(x, other, weight, bias, dweight, dbias, y, total),
         *(*strides, *((0, 0) if other is None else ())),
@@ -276,58 +289,72 @@ def normalize(
         ROWS=rows,
         WIDTH=width,
         num_warps=warps,
+        num_stages=STAGES,
         **OPTIONS,
     )
 
 
-def _shape(found: Settings, D: int, grouped: bool, ragged: bool) -> tuple[Any, int, int, int]:
-    """Kernel, and width, rows and warps of a program, for rows of D numbers.
+def _at_border(y: Tensor | None) -> Tensor | None:
+    """A parameter that begins at a border of 16 bytes, as what is allocated does; one inside another is copied.
 
-    Ragged rows, whose width or strides are no multiples of 16, are read a number at a time: with 16 of them to a thread
-    addresses alone took up to 360 bytes of stack, with 8 none.
+    Read a number at a time, parameters took 24 bytes of stack in the longest rows; stacks take none, and stay.
     """
-    longest, chunk, least, each = found.longest, found.chunk, found.least, found.each
-    if grouped:
-        longest = found.longest_grouped
-    if ragged and each < 32:  # the interpreter's threads have room for all
-        longest, chunk, least, each = min(longest, chunk // 2), chunk // 2, least // 2, each // 2
-    if longest < D:
-        return _norm_long_kernel, chunk, 1, max(1, chunk // (32 * each))
+    return y if y is None or y.data_ptr() % MULTIPLE == 0 else y.clone()
+
+
+def _shape(architecture: int, D: int, grouped: bool, ragged: bool) -> tuple[Any, int, int, int]:
+    """Kernel, and width, rows and warps of a program, for rows of D numbers."""
+    settings = settings_for(SETTINGS, architecture)
+    found = settings.ragged if ragged else settings.whole
+    each = found.each
+    if (found.longest_grouped if grouped else found.longest) < D:
+        return _norm_long_kernel, found.chunk, 1, max(1, found.chunk // (32 * each))
     width = triton.next_power_of_2(D)
-    if width > 4096 and each < 32 and not newer_assembler():  # which spills two registers of the longest row
+    if width > 4096 and not newer_assembler():  # which spills two registers of the longest row
         each //= 2
-    rows = max(1, min(512, least // width))
+    # 512: of 1024 rows of one number Triton 3.9 spills two registers on sm_80
+    rows = max(1, min(512, found.least // width))
     return _norm_rows_kernel, width, rows, max(1, width * rows // (32 * each))
 
 
 def specimens(architecture: int) -> list[Specimen]:
-    """Rows within registers and beyond, whole ones and ragged ones, with all that a norm may have; and group norm's
-    parameters."""
-    found = settings_for(SETTINGS, architecture)
+    """Rows within registers and beyond, whole ones and ragged ones, with all that a norm may have; group norm's
+    parameters; and whole rows of stacks that begin off a border of 16 bytes."""
+    found = settings_for(SETTINGS, architecture).whole
     return [
-        _specimen(f"{kind} {D} {'grouped' if grouped else 'residual'}", kind, found, D, grouped)
+        _specimen(kind, architecture, D, grouped, off)
         for kind in ("bf16", "fp32")
         for grouped, longest in ((False, found.longest), (True, found.longest_grouped))
-        for D in (64, 768, longest, longest + 16, 1, 20, 999, 2001, 2049)
+        for off, widths in (
+            (False, (64, 768, longest, longest + 16, 1, 20, 999, 2001, 2049)),
+            (True, (64, longest, longest + 16)),
+        )
+        for D in widths
     ]
 
 
-def _specimen(name: str, kind: str, found: Settings, D: int, groups: bool) -> Specimen:
-    ragged = D % 16 != 0
-    kernel, width, rows, warps = _shape(found, D, groups, ragged)
-    stacks = dict.fromkeys(["X", "Y"] if groups else ["X", "Y", "OTHER", "SUM"], f"*{kind}")
+def _specimen(kind: str, architecture: int, D: int, grouped: bool, off: bool) -> Specimen:
+    ragged = D % MULTIPLE != 0
+    kernel, width, rows, warps = _shape(architecture, D, grouped, ragged)
+    given = ["X"] if grouped else ["X", "OTHER"]
+    results = ["Y"] if grouped else ["Y", "SUM"]
     params = dict.fromkeys(["WEIGHT", "BIAS", "DWEIGHT", "DBIAS"], "*fp32")
     strides = ["x_q", "x_n", "other_q", "other_n", "y_q", "param_q", "D"]
     return Specimen(
-        name,
+        f"{kind} {D} {'grouped' if grouped else 'residual'}{', off the border' if off else ''}",
         kernel,
-        {**stacks, **params, **dict.fromkeys([*strides, "N", "CHANGES", "GROUPS", "RUN"], "i32"), "eps": "fp32"},
         {
-            **({"OTHER": None, "SUM": None} if groups else {}),
-            **{"CENTRED": True, "GROUPED": groups, "X_MOVES": True, "OTHER_MOVES": not groups},
+            **dict.fromkeys([*given, *results], f"*{kind}"),
+            **params,
+            **dict.fromkeys([*strides, "N", "CHANGES", "GROUPS", "RUN"], "i32"),
+            "eps": "fp32",
+        },
+        {
+            **({"OTHER": None, "SUM": None} if grouped else {}),
+            **{"CENTRED": True, "GROUPED": grouped, "X_MOVES": True, "OTHER_MOVES": not grouped},
             **{"ROWS": rows, "WIDTH": width},
         },
         num_warps=warps,
-        num_stages=1,
-        unaligned=("RUN", *strides) if ragged else ("RUN",),
+        num_stages=STAGES,
+        unaligned=("RUN", *(strides if ragged else ()), *(given if off else ())),
     )

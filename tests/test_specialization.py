@@ -181,3 +181,15 @@ def test_attention_is_launched_with_whole_loads_only(recorded, E, EV):
     kernels = recorded("attention_delta")
     launch_attention(9, 11, 3, 2, E, EV)
     assert {name: kernel.ragged() for name, kernel in kernels.items()} == {name: set() for name in kernels}
+
+
+def test_parameters_of_a_norm_are_read_by_whole_loads_only(recorded):
+    """Also of one that is part of another tensor; a stack in such a place is read as it lies."""
+    from finf_fast.kernels.normalize import normalize
+
+    kernels, within = recorded("normalize"), torch.arange(65.0)[1:]
+    x, y = stack(3 * 3 * 64 + 1)[1:].view(3, 3, 64), stack(3, 3, 64)
+    normalize(x, None, (within, within, within[None], within[None]), y, None, 1e-5, centred=True)
+    kernel = kernels["_norm_rows_kernel"]
+    assert kernel.ragged() == {"X"}
+    assert torch.equal(kernel.launches[0]["WEIGHT"], within) and torch.equal(kernel.launches[0]["DBIAS"][0], within)
