@@ -28,6 +28,7 @@ class Block:
 # Eight numbers a thread: one load of 16 bytes in bfloat16, two in float32. More would make it likelier that a block
 # holds a change too long for the short form. The interpreter's cost is by operation.
 _GPU = Block(1024, 4)
+STAGES = 1  # no product waits for a load
 BLOCKS = {INTERPRETER: Block(8192, 1), 80: _GPU, 89: _GPU, 90: _GPU, 100: _GPU}
 
 
@@ -84,6 +85,7 @@ def activation_delta(x: Tensor, gate: Tensor | None, y: Tensor, kind: str) -> No
         KIND=kind,
         BLOCK=block.BLOCK,
         num_warps=block.num_warps,
+        num_stages=STAGES,
         **OPTIONS,
     )
 
@@ -102,7 +104,7 @@ def specimens(architecture: int) -> list[Specimen]:
                 **{"X_MOVES": True, "GATE_MOVES": gated, "KIND": kind, "BLOCK": block.BLOCK},
             },
             num_warps=block.num_warps,
-            num_stages=1,
+            num_stages=STAGES,
         )
         for kind in KINDS
         for gated in (False, True)

@@ -167,8 +167,9 @@ def linear_delta(
     if factors is not None:
         factors = aligned(factors[0].to(dtype)), aligned(factors[1].to(dtype), both=True)
     _, N, D = stack.shape
-    tile = settings_for(TILES, architecture(stack.device)).of(dtype, E)
-    U, inner = (None, None) if factors is None else (factors[0], _inner(stack, factors[1], tile))
+    tiles = settings_for(TILES, architecture(stack.device))
+    tile = tiles.of(dtype, E)
+    U, inner = (None, None) if factors is None else (factors[0], _inner(stack, factors[1], tiles))
     room = roomy(tile.num_warps) if dtype == torch.float32 else {}
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS, **room}
     _linear_delta_kernel[((1 + Q) * triton.cdiv(N, tile.BLOCK_M) * triton.cdiv(E, tile.BLOCK_N),)](
@@ -190,9 +191,10 @@ def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
 RANK = 32
 
 
-def _inner(stack: Tensor, V: Tensor, tile: Tile) -> Tensor:
+def _inner(stack: Tensor, V: Tensor, tiles: Tiles) -> Tensor:
     """(x0 + d_q) V_q: (Q, N, r)."""
     (Q, D, R), N = V.shape, stack.shape[1]
+    tile = tiles.of(stack.dtype, R)  # r is a multiple of 16, also where the layer's result is ragged
     inner = stack.new_empty(Q, N, R)
     grid = (triton.cdiv(N, tile.BLOCK_M), Q, triton.cdiv(R, RANK))
     _inner_kernel[grid](

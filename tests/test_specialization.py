@@ -106,11 +106,12 @@ def launch_attention(T: int, TK: int, H: int, Q: int, E: int = 64, EV: int = 64)
     attention_delta(q, k, v, out, causal=True, scale=1.0, mask=None, cap=None)
 
 
-def launch_norm(N: int, Q: int) -> None:
+def launch_norm(N: int, Q: int, D: int = 64, residual: bool = False) -> None:
     from finf_fast.kernels.normalize import normalize
 
-    x, y = stack(1 + Q, N, 64), stack(1 + Q, N, 64)
-    normalize(x, None, (torch.zeros(64), None, None, None), y, None, 1e-5, centred=True)
+    x, y = stack(1 + Q, N, D), stack(1 + Q, N, D)
+    other, total = (torch.zeros_like(x), torch.empty_like(y)) if residual else (None, None)
+    normalize(x, other, (torch.zeros(D), None, None, None), y, total, 1e-5, centred=True)
 
 
 def launch_activation(Q: int) -> None:
@@ -193,3 +194,39 @@ def test_parameters_of_a_norm_are_read_by_whole_loads_only(recorded):
     kernel = kernels["_norm_rows_kernel"]
     assert kernel.ragged() == {"X"}
     assert torch.equal(kernel.launches[0]["WEIGHT"], within) and torch.equal(kernel.launches[0]["DBIAS"][0], within)
+
+
+# Each file's launches whose sizes are a specimen's, and the file of its specimens.
+COMPILED = {
+    "linear_cross_entropy_delta": ("head_specimens", lambda: [launch_head(9, 64, 33, Q, 16) for Q in (1, 2)]),
+    "linear_delta": ("linear_delta", lambda: [launch_linear(9, 64, E, 2, 16) for E in (32, 33)]),
+    "attention_delta": (
+        "attention_specimens",
+        lambda: [launch_attention(9, 9, 2, 2, E, E) for E in (64, 128, 256, 512)],
+    ),
+    "normalize": ("normalize", lambda: [launch_norm(9, 2, D, True) for D in (1, 20, 64, 2001, 2049, 8192, 8208)]),
+    "activation_delta": ("activation_delta", lambda: launch_activation(2)),
+}
+
+
+@pytest.mark.parametrize("architecture", (80, 89, 90, 100))
+@pytest.mark.parametrize("file", COMPILED)
+def test_what_is_launched_is_what_a_specimen_compiles(recorded, monkeypatch, file, architecture):
+    """The same tiles, warps, stages and registers, without which a specimen would tell nothing about a launch."""
+    place, launch = COMPILED[file]
+    known = [
+        _told(one.kernel, {**one.constexprs, "num_warps": one.num_warps, "num_stages": one.num_stages, **one.options})
+        for one in importlib.import_module(f"finf_fast.kernels.{place}").specimens(architecture)
+    ]
+    kernels, module = recorded(file), importlib.import_module(f"finf_fast.kernels.{file}")
+    monkeypatch.setattr(module, "architecture", lambda device: architecture)
+    launch()
+    launched = [_told(recorder.kernel, given) for recorder in kernels.values() for given in recorder.launches]
+    assert launched and [one for one in launched if one not in known] == []
+
+
+def _told(kernel, given: dict) -> tuple:
+    """Kernel, sizes of its tiles, and options; those left out are Triton's own."""
+    sizes = [given[param.name] for param in kernel.params if param.is_constexpr and type(given[param.name]) is int]
+    options = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
+    return kernel.fn.__name__, sizes, [given.get(name, default) for name, default in options.items()]
