@@ -85,7 +85,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """For heads up to 64, 128 and 256 wide and beyond, by the wider of their two widths."""
+    """For heads up to 64, 128, 256 and 512 wide, by the wider of their two widths."""
 
     plain: tuple[Tile, ...]  # bfloat16
     busy: tuple[Tile, ...]  # with a mask or a soft cap

@@ -104,6 +104,25 @@ def test_auto_takes_the_reference_on_a_gpu_too_old(capabilities):
     assert dispatch.choose("rms_norm_delta", on_gpu()) == "reference"
 
 
+@pytest.mark.parametrize("width, face", [(512, "triton"), (513, "reference")])
+def test_a_head_wider_than_shared_memory_is_refused(capabilities, caplog, width, face):
+    capabilities((9, 0), (8, 0))
+    with caplog.at_level(logging.INFO, "finf_fast"):
+        assert dispatch.choose("attention_delta", on_gpu(), width=width) == face
+    assert ("heads of 513: the triton face takes up to 512" in caplog.text) == (width > 512)
+
+
+@pytest.mark.parametrize("E, Ev", [(513, 8), (8, 513)])
+def test_attention_tells_how_wide_its_heads_are(fresh, E, Ev):
+    """By the wider of a head's two widths."""
+    fresh.setenv("FINF_BACKEND", "triton")
+    fresh.setenv("TRITON_INTERPRET", "1")
+    fresh.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    q, k, v = torch.zeros(2, 1, 1, 3, E), torch.zeros(2, 1, 1, 3, E), torch.zeros(2, 1, 1, 3, Ev)
+    with pytest.raises(ValueError, match="heads of 513: the triton face takes up to 512"):
+        ops.attention_delta(q, k, v)
+
+
 def test_rocm_is_refused(capabilities, monkeypatch):
     capabilities((9, 4), (9, 4))
     monkeypatch.setattr(torch.version, "hip", "6.2")

@@ -72,7 +72,7 @@ def gpu(monkeypatch):
     """Both rivals available, as on a GPU of architecture 90."""
     there = [dispatch.Verdict(face, True, "") for face in ("triton", "hybrid", "reference")]
     monkeypatch.delenv("FINF_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "faces", lambda *inputs: there)
+    monkeypatch.setattr(dispatch, "faces", lambda *inputs, width: there)
     monkeypatch.setattr(dispatch, "_architecture", lambda device: 90)
     monkeypatch.setattr(dispatch, "_choices", {})
     monkeypatch.setattr(dispatch, "_logged", set())
@@ -108,7 +108,7 @@ def test_what_is_asked_for_by_name_is_not_overruled(gpu):
 
 def test_the_only_one_that_is_there_needs_no_measurement(gpu):
     only = [dispatch.Verdict("triton", False, "no triton"), dispatch.Verdict("hybrid", True, "")]
-    gpu.setattr(dispatch, "faces", lambda *inputs: only)
+    gpu.setattr(dispatch, "faces", lambda *inputs, width: only)
     gpu.setattr(measured, "fastest", lambda *given: pytest.fail("looked up"))
     assert chosen() == "hybrid"
 

@@ -56,7 +56,8 @@ def attention_delta(
 
     Raises:
         TypeError: a dtype not named above, or k's or v's is not q's.
-        ValueError: shapes, numbers of queries or devices do not fit; softcap out of range.
+        ValueError: shapes, numbers of queries or devices do not fit; softcap out of range; a face is forced that
+            refuses these inputs.
 
     Source: design section 2, "softmax" and "a product".
     """
@@ -147,4 +148,5 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 )
 def _attention_delta(q, k, v, causal, scale, mask, softcap):
     _allocate(q, k, v, causal, scale, mask, softcap)
-    return _FACES[dispatch.choose("attention_delta", q)](q, k, v, causal, scale, mask, softcap)
+    face = dispatch.choose("attention_delta", q, width=max(q.shape[4], v.shape[4]))
+    return _FACES[face](q, k, v, causal, scale, mask, softcap)

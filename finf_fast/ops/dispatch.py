@@ -13,9 +13,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -42,10 +43,12 @@ log = logging.getLogger("finf_fast")
 
 @dataclass(frozen=True)
 class Face:
-    """What one face of one operation takes: kinds of device (None: any) and dtypes of its floating inputs."""
+    """What one face of one operation takes: kinds of device (None: any) and dtypes of its floating inputs; and how many
+    numbers of a head, where its programs hold all of them."""
 
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
+    widest: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,15 @@ class Verdict:
 _ANY = Face(None, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _SHORT = Face(("cpu",), (torch.float32, torch.bfloat16))
 _GPU = Face(("cuda",), (torch.float32, torch.bfloat16))
+# Twice as wide, a block's keys and values, before and changed, take 192 KiB, more shared memory than an A100 has.
+_HEADS = replace(_GPU, widest=512)
 _STORED = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32)
 
 # Faces in order of preference: what is listed first is fastest where it runs at all.
 TABLE: dict[str, dict[str, Face]] = {
     "cross_entropy_delta": {"cpp": _SHORT, "cuda": _GPU, "reference": _ANY},
     "activation_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
-    "attention_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
+    "attention_delta": {"cpp": _SHORT, "triton": _HEADS, "reference": _ANY},
     "decode_pixels": {"cuda": _GPU, "reference": _ANY},  # on a CPU staging decodes as it reads
     "decode_tokens": {"cuda": Face(("cuda",), _STORED), "reference": Face(None, _STORED)},
     "group_norm_delta": {"cpp": _SHORT, "triton": _GPU, "reference": _ANY},
@@ -184,27 +189,29 @@ def backends() -> list[str]:
     return ["auto", *dict.fromkeys(face for row in TABLE.values() for face in row)]
 
 
-def choose(op: str, *inputs: Tensor, case: measured.Case | None = None) -> str:
+def choose(op: str, *inputs: Tensor, case: measured.Case | None = None, width: int = 0) -> str:
     """Name of the face that runs `op` on these floating inputs.
 
-    A choice is made once per (FINF_BACKEND, case, devices, dtypes) and remembered: afterwards a call costs a look-up.
+    A choice is made once per (FINF_BACKEND, case, width, devices, dtypes) and remembered: afterwards a call costs a
+    look-up.
 
     Args:
         case: what measurements of rivals are looked up by; None where there are none.
+        width: of the widest head, where the operation has heads.
 
     Raises:
         ValueError: FINF_BACKEND is no face's name, or names a face that refuses these inputs.
     """
-    key = (op, os.environ.get("FINF_BACKEND") or "auto", case, *[(x.device, x.dtype) for x in inputs])
+    key = (op, os.environ.get("FINF_BACKEND") or "auto", case, width, *[(x.device, x.dtype) for x in inputs])
     face = _choices.get(key)
     if face is None:
-        face = _choices[key] = _decide(op, key[1], case, inputs)
+        face = _choices[key] = _decide(op, key[1], case, inputs, width)
     return face
 
 
-def faces(op: str, *inputs: Tensor) -> list[Verdict]:
+def faces(op: str, *inputs: Tensor, width: int = 0) -> list[Verdict]:
     """Every face of `op` in order of preference; without inputs, whether it can run here at all."""
-    return [_judge(op, face, inputs) for face in _row(op)]
+    return [_judge(op, face, inputs, width) for face in _row(op)]
 
 
 def chosen() -> dict[str, str]:
@@ -223,10 +230,10 @@ def _row(op: str) -> dict[str, Face]:
     return TABLE[op]
 
 
-def _decide(op: str, backend: str, case: measured.Case | None, inputs: tuple[Tensor, ...]) -> str:
+def _decide(op: str, backend: str, case: measured.Case | None, inputs: tuple[Tensor, ...], width: int) -> str:
     if backend not in backends():
         raise ValueError(f"FINF_BACKEND: wanted one of {', '.join(backends())}, got {backend!r}")
-    verdicts, word = faces(op, *inputs), "first choice"
+    verdicts, word = faces(op, *inputs, width=width), "first choice"
     if backend != "auto":
         verdicts = [v for v in verdicts if v.face == backend] or [Verdict(backend, False, "it has no such face")]
         word = f"FINF_BACKEND={backend}"
@@ -267,12 +274,14 @@ def _tell(op: str, face: str, word: str, passed: list[Verdict]) -> None:
         log.info("%s runs on its %s face (%s)", op, face, reason)
 
 
-def _judge(op: str, face: str, inputs: tuple[Tensor, ...]) -> Verdict:
+def _judge(op: str, face: str, inputs: tuple[Tensor, ...], width: int) -> Verdict:
     takes = _row(op)[face]
     reason = "" if _at_home(face, inputs) else _MISSING.get(face, str)()
     for x in inputs:
         reason = reason or _refusal(face, takes, x)
     reason = reason or _too_old(takes, inputs)
+    if width > takes.widest:
+        reason = reason or f"heads of {width}: the {face} face takes up to {takes.widest}"
     rival = face in RIVALS.get(op, ())
     return Verdict(face, not reason, reason or (f"{_holds(takes)}; {_measured_here()}" if rival else _holds(takes)))
 
