@@ -14,7 +14,7 @@ import pytest
 import ahead
 
 KERNELS = Path(__file__).parent.parent / "kernels"
-# The two that are to be run, and the tables' other rows, of which one specimen a kernel is compiled.
+# The two that are to be run, and the tables' other rows, of which one specimen a kernel and type is compiled.
 ARCHITECTURES, OTHERS = (80, 90), (89, 100)
 
 pytestmark = [
@@ -49,12 +49,13 @@ def test_compiles_within_its_limits(file, architecture, capsys):
 @pytest.mark.parametrize("architecture", OTHERS)
 @pytest.mark.parametrize("file", files_with_specimens())
 def test_other_rows_fit_into_memory(file, architecture):
-    """One specimen of each kernel, the last; what spills there is not looked for."""
+    """One specimen of each kernel and type, the last, of attention the widest; what spills there is not looked for."""
     pytest.importorskip("triton")
     from finf_fast.kernels.configurations import SHARED_MEMORY
 
     module = importlib.import_module(f"finf_fast.kernels.{file}")
-    for specimen in {specimen.kernel: specimen for specimen in module.specimens(architecture)}.values():
+    last = {(one.kernel, "bf16" in str(one.signature)): one for one in module.specimens(architecture)}
+    for specimen in last.values():
         built = ahead.compile_for(architecture, specimen)
         assert built.shared <= SHARED_MEMORY[architecture], f"{specimen.name}: {built}"
 
