@@ -350,9 +350,10 @@ def _launch(
 
 
 def registers(architecture: int, dtype: torch.dtype, width: int, tile: Tile) -> dict[str, int]:
-    """Options on registers: before 9.0 any assembler spills a few of a wide head's to fit in another program, and that
-    of Triton 3.6 a few of a narrow one's."""
-    if 0 < architecture < 90 and (width > 128 or (width <= 64 and not newer_assembler())):
+    """Options on registers: before 9.0 any assembler spills a few of a wide head's, and of a narrow one's in float32
+    behind a bool mask, to fit in another program, and that of Triton 3.6 a few of any narrow one's."""
+    narrow = width <= 64 and (dtype == torch.float32 or not newer_assembler())
+    if 0 < architecture < 90 and (width > 128 or narrow):
         return alone(tile.num_warps)
     return roomy(tile.num_warps) if dtype == torch.float32 else {}
 
