@@ -17,6 +17,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# A process a core, each on one thread: beside one another, torch's threads wait for one another by spinning, and the
+# same tests take twice as long. Tests of several threads ask for them. At most eight, each of them a gigabyte.
+BESIDE := --numprocesses auto --maxprocesses 8 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BESIDE)
 
 .PHONY: demo test prove sanitize bench fidelity bench-peers lint format clean
 
@@ -41,14 +45,16 @@ demo: $(VENV)/.installed
 	$(BIN)/finf-fast demo all --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
+# The suite for GPUs builds the extension in place: nothing beside it.
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas())") && test -n "$$sets" && for isa in $$sets; do \
-	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; done
+	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(PYTEST) -q $(OP_TESTS) || exit 1; done
 	$(MAKE) sanitize
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -k $(TRITON_CHOICE) $(TRITON_TESTS)
-	$(BIN)/python -m pytest -m prove
+	TRITON_INTERPRET=1 $(PYTEST) -q -k $(TRITON_CHOICE) $(TRITON_TESTS)
+	$(PYTEST) -m prove --ignore tests/test_gpu_suite.py
+	$(BIN)/python -m pytest -m prove tests/test_gpu_suite.py
 
 # A copy of the package with an extension that ends the program at the first bad address or undefined step. Python itself
 # is built without, so the sanitizer's library goes first; leaks are the interpreter's own. pytest by its own name: as a
@@ -59,10 +65,10 @@ SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitiz
 
 sanitize: $(VENV)/.installed
 	FINF_CUDA=0 CFLAGS="$(SANITIZE)" $(BIN)/python -W ignore setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	export LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
+	export OMP_NUM_THREADS=1 LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0 PYTHONPATH=$(SANITIZED)/lib && cd build/sanitize && \
 	$(CURDIR)/$(BIN)/python -c "from finf_fast import _C; assert _C.__file__.startswith('$(SANITIZED)'), _C.__file__" && \
-	$(CURDIR)/$(BIN)/pytest -q --rootdir=$(CURDIR) -p no:cacheprovider -k 'not instruction_set' $(addprefix $(CURDIR)/,$(OP_TESTS) $(DISK_TESTS))
+	$(CURDIR)/$(BIN)/pytest -q $(BESIDE) --rootdir=$(CURDIR) -p no:cacheprovider -k 'not instruction_set' $(addprefix $(CURDIR)/,$(OP_TESTS) $(DISK_TESTS))
 
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta io \
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \

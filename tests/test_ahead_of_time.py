@@ -31,15 +31,15 @@ def files_with_specimens() -> list[str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("file", files_with_specimens())
-def test_compiles_within_its_limits(file, architecture, capsys):
+def test_compiles_within_its_limits(file, architecture):
+    """What each specimen takes is printed: `pytest -rP` shows it."""
     pytest.importorskip("triton")
     from finf_fast.kernels.configurations import SHARED_MEMORY
 
     module, failures = importlib.import_module(f"finf_fast.kernels.{file}"), []
     for specimen in module.specimens(architecture):
         built = ahead.compile_for(architecture, specimen)
-        with capsys.disabled():
-            print(f"\nsm_{architecture} {file} {specimen.name}: {built}", end="")
+        print(f"sm_{architecture} {file} {specimen.name}: {built}")
         missing = [name for name in specimen.instructions if not built.count(name)]
         if built.stack or built.spills or missing or built.shared > SHARED_MEMORY[architecture]:
             failures.append(f"{specimen.name}: {built}, without {missing}")

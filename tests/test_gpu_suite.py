@@ -28,33 +28,30 @@ SCRIPT = Path(gpu_suite.__file__)
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """What the dry run wrote, and how long it took."""
+    """What the dry run wrote."""
     pytest.importorskip("triton")
-    out, since = tmp_path_factory.mktemp("suite"), time.monotonic()
+    out = tmp_path_factory.mktemp("suite")
     command = [sys.executable, SCRIPT, "--dry-run", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.iterdir()
     assert path.name.startswith("dry-run-") and str(path) in done.stdout.splitlines()[-1]
-    return json.loads(path.read_text()), time.monotonic() - since
+    return json.loads(path.read_text())
 
 
 @pytest.mark.prove
 def test_every_part_was_gone_through(dry_run):
-    found, seconds = dry_run
-    states = {part["name"]: part["state"] for part in found["parts"]}
+    states = {part["name"]: part["state"] for part in dry_run["parts"]}
     assert states.pop("sanitizer") == "not run"
-    assert found["parts"][-1]["note"] == "a dry run has no device; its tests are there"
+    assert dry_run["parts"][-1]["note"] == "a dry run has no device; its tests are there"
     assert list(states) == ["build", "few tests", "operations", "sweep", "all tests"]
-    assert set(states.values()) == {"passed"}, found["parts"]
-    assert seconds - found["parts"][0]["seconds"] < 120  # but for building, which is as long as what has changed
+    assert set(states.values()) == {"passed"}, dry_run["parts"]
 
 
 @pytest.mark.prove
 def test_every_operation_was_timed_on_the_face_meant(dry_run):
-    found, _ = dry_run
     faces = {}
-    for row in found["rows"]:
+    for row in dry_run["rows"]:
         assert row["ms"] > 0 and not row["notes"].get("ours"), row
         if row["op"] != "sweep":
             faces.setdefault(row["op"], set()).add(row["face"])
@@ -62,16 +59,15 @@ def test_every_operation_was_timed_on_the_face_meant(dry_run):
     assert faces == {
         op: {next(face for face in ("triton", "cpp", "reference") if face in row)} for op, row in dispatch.TABLE.items()
     }
-    swept = [row["case"].partition(" bf16") for row in found["rows"] if row["op"] == "sweep"]
+    swept = [row["case"].partition(" bf16") for row in dry_run["rows"] if row["op"] == "sweep"]
     assert [net.split()[0] for net, _, _ in swept] == ["gpt2", "resnet18", "gpt2", "gpt2"]
     assert [how for _, _, how in swept] == ["", "", " to first order", " with graphs"]
 
 
 @pytest.mark.prove
 def test_the_file_says_where_it_was_measured(dry_run):
-    found, _ = dry_run
-    assert {"device", "torch", "triton", "commit", "finf_fast", "cuda"} <= set(found["about"]) and found["date"]
-    assert found["peaks"]["gemm_tflops"] > 0 and found["peaks"]["copy_gb_per_s"] > 0
+    assert {"device", "torch", "triton", "commit", "finf_fast", "cuda"} <= set(dry_run["about"]) and dry_run["date"]
+    assert dry_run["peaks"]["gemm_tflops"] > 0 and dry_run["peaks"]["copy_gb_per_s"] > 0
 
 
 def test_a_part_that_raises_leaves_the_others_their_turn():
