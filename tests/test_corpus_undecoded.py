@@ -140,7 +140,7 @@ def test_where_what_is_stored_is_decoded(monkeypatch, kind, dtype):
 
     def choose(op, there):
         assert (op, there) == (f"decode_{kind}", dtype)
-        return found[-1] if found[-1] else dispatch._decide(op, "triton", None, ())
+        return found[-1] if found[-1] else dispatch._decide(op, "triton", None, (), 0)
 
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: dtype)
     monkeypatch.setattr(dispatch, "choose", choose)
