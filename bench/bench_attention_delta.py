@@ -33,15 +33,28 @@ class Case:
     H: int = 12
     E: int = 64
     causal: bool = True
+    texts: int = 1  # of one length, behind each other
+    hides: str = ""  # what says so and hides what lies ahead: "mask", as transformers hands it over, or "cu_seqlens"
     beside: bool = True  # whether the reference runs too
 
     def name(self) -> str:
         words = f"T={self.T} H={self.H} E={self.E} Q={self.Q} {str(self.dtype).removeprefix('torch.')}"
-        return f"{words}{' causal' if self.causal else ''}"
+        texts = f" {self.texts} texts" if self.texts > 1 else ""
+        return f"{words}{' causal' if self.causal else ''}{texts}{f' by {self.hides}' if self.hides else ''}"
 
     def flop(self) -> int:
-        seen = self.T * (self.T + 1) // 2 if self.causal else self.T * self.T
+        length = self.T // self.texts
+        seen = self.texts * (length * (length + 1) // 2 if self.causal else length * length)
         return 2 * self.H * seen * self.E * 2 * (1 + 2 * self.Q)
+
+    def options(self) -> dict[str, object]:
+        if self.hides == "cu_seqlens":
+            return {"causal": self.causal, "cu_seqlens": torch.arange(self.texts + 1) * (self.T // self.texts)}
+        if self.hides == "mask":
+            text = torch.arange(self.T) // (self.T // self.texts)
+            mask = text[:, None] == text
+            return {"mask": mask.tril() if self.causal else mask}
+        return {"causal": self.causal}
 
 
 CASES = (
@@ -49,6 +62,9 @@ CASES = (
     Case(causal=False),
     Case(H=6, E=128),
     Case(T=77),
+    Case(hides="mask"),
+    Case(T=2048, texts=8, hides="mask"),
+    Case(T=2048, texts=8, hides="cu_seqlens"),
     Case(T=LONG, H=1, beside=False),
 )
 
@@ -68,7 +84,7 @@ class Row:
         ratio = "" if self.reference_ratio is None else f"{self.reference_ratio:.2f}"
         peak = "" if self.reference_peak_mib is None else f"{self.reference_peak_mib:.0f}"
         numbers = f"{self.ms:9.2f} | {self.gflop_per_s:8.0f} | {ratio:>11} | {self.peak_mib:8.1f} | {peak:>9}"
-        return f"{self.case:44} | {numbers}"
+        return f"{self.case:60} | {numbers}"
 
 
 def inputs(case: Case) -> list[Tensor]:
@@ -81,10 +97,10 @@ def inputs(case: Case) -> list[Tensor]:
 
 
 def run(case: Case, rounds: int) -> Row:
-    qkv = inputs(case)
-    ways: dict[str, Callable[[], object]] = {"ours": lambda: attention_delta(*qkv, causal=case.causal)}
+    qkv, options = inputs(case), case.options()
+    ways: dict[str, Callable[[], object]] = {"ours": lambda: attention_delta(*qkv, **options)}
     if case.beside:
-        ways["reference"] = lambda: plain(*qkv, causal=case.causal)
+        ways["reference"] = lambda: plain(*qkv, **options)
     peaks = {name: measure.peak_mib(work) for name, work in ways.items()}
     seconds = measure.interleaved(ways, rounds)
     ms = measure.median_ms(seconds["ours"])
@@ -104,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"attention_delta on {about['processor']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}"
     )
-    print(f"{'case':44} | {'ms':>9} | GFLOP/s  | × reference | peak MiB | reference")
+    print(f"{'case':60} | {'ms':>9} | GFLOP/s  | × reference | peak MiB | reference")
     print("\n".join(row.line() for row in rows))
     if options.save:
         print(f"saved to {table.append('attention_delta', [asdict(row) for row in rows], about)}")

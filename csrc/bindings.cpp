@@ -221,14 +221,16 @@ finf::HeadStack heads(uintptr_t first, const Strides& strides, bool moves) {
 
 void attention_delta(int dtype, uintptr_t q, const Strides& q_strides, bool q_moves, uintptr_t k,
                      const Strides& k_strides, bool k_moves, uintptr_t v, const Strides& v_strides, bool v_moves,
-                     uintptr_t mask, bool mask_boolean, const Strides& mask_strides, uintptr_t y, int64_t Q, int64_t B,
-                     int64_t H, int64_t Hk, int64_t T, int64_t Tk, int64_t E, int64_t Ev, float scale, float softcap,
-                     bool causal, int64_t threads) {
+                     uintptr_t mask, bool mask_boolean, const Strides& mask_strides, uintptr_t cu_seqlens, int64_t S,
+                     uintptr_t y, int64_t Q, int64_t B, int64_t H, int64_t Hk, int64_t T, int64_t Tk, int64_t E,
+                     int64_t Ev, float scale, float softcap, bool causal, int64_t threads) {
     const auto& [mask_b, mask_h, mask_t, mask_k] = mask_strides;
     finf::attention_delta({heads(q, q_strides, q_moves),
                            heads(k, k_strides, k_moves),
                            heads(v, v_strides, v_moves),
                            {memory<void>(mask), mask_boolean, mask_b, mask_h, mask_t, mask_k},
+                           memory<int64_t>(cu_seqlens),
+                           S,
                            memory<void>(y),
                            Q,
                            B,
@@ -335,11 +337,11 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "attention_delta", attention_delta, unlocked, "dtype"_a, "q"_a, "q_strides"_a, "q_moves"_a, "k"_a,
         "k_strides"_a, "k_moves"_a, "v"_a, "v_strides"_a, "v_moves"_a, "mask"_a, "mask_boolean"_a, "mask_strides"_a,
-        "y"_a, "Q"_a, "B"_a, "H"_a, "Hk"_a, "T"_a, "Tk"_a, "E"_a, "Ev"_a, "scale"_a, "softcap"_a, "causal"_a,
-        "threads"_a,
+        "cu_seqlens"_a, "S"_a, "y"_a, "Q"_a, "B"_a, "H"_a, "Hk"_a, "T"_a, "Tk"_a, "E"_a, "Ev"_a, "scale"_a, "softcap"_a,
+        "causal"_a, "threads"_a,
         "q (1+Q,B,H,T,E), k (1+Q,B,Hk,Tk,E), v (1+Q,B,Hk,Tk,Ev), or leading size 1 where it does not move; mask "
-        "(B,H,T,Tk) of bytes or float32, 0 for none -> y (1+Q,B,H,T,Ev). Strides of all dimensions but a stack's "
-        "last. softcap: 0 for none. dtype: 0 float32, 1 bfloat16.");
+        "(B,H,T,Tk) of bytes or float32, 0 for none; cu_seqlens (S+1) int64, 0 for none -> y (1+Q,B,H,T,Ev). Strides "
+        "of all dimensions but a stack's last. softcap: 0 for none. dtype: 0 float32, 1 bfloat16.");
     module.def("linear_delta", linear_delta, unlocked, "dtype"_a, "x"_a, "x_stride_q"_a, "x_stride_n"_a, "x_moves"_a,
                "W"_a, "W_stride"_a, "W_turned"_a, "bias"_a, "db"_a, "dW"_a, "U"_a, "R"_a, "y"_a, "N"_a, "D"_a, "V"_a,
                "Q"_a, "r"_a, "threads"_a,

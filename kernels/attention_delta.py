@@ -22,8 +22,6 @@ The compiled face does the same in one walk (``csrc/cpu/tiles/attention_delta.in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -33,9 +31,9 @@ from finf_fast.kernels.attention_scores import (
     LOWEST,
     capped,
     capped_change,
-    end_of_keys,
     hidden,
     inverse,
+    keys_seen,
     leader_change,
     load_block,
     load_numbers,
@@ -49,15 +47,8 @@ from finf_fast.kernels.attention_scores import (
     store_numbers,
     write,
 )
-from finf_fast.kernels.configurations import (
-    INTERPRETER,
-    OPTIONS,
-    alone,
-    architecture,
-    newer_assembler,
-    roomy,
-    settings_for,
-)
+from finf_fast.kernels.attention_tiles import TILES, registers, width
+from finf_fast.kernels.configurations import OPTIONS, architecture, settings_for
 from finf_fast.kernels.layouts import aligned
 from finf_fast.kernels.numerics import expm1, product, rounded
 
@@ -73,60 +64,9 @@ LEAST_LEFT = tl.constexpr(1.0 / 16)
 LEAST_SHARE = tl.constexpr(1.0 / 1024)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows of queries and keys that a program holds at a time, and its warps and stages of loads."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """For heads up to 64, 128, 256 and 512 wide, by the wider of their two widths."""
-
-    plain: tuple[Tile, ...]  # bfloat16
-    busy: tuple[Tile, ...]  # with a mask or a soft cap
-    long: tuple[Tile, ...]  # float32
-
-    def of(self, dtype: torch.dtype, width: int, busy: bool) -> Tile:
-        tiles = self.long if dtype == torch.float32 else self.busy if busy else self.plain
-        return tiles[sum(width > limit for limit in (64, 128, 256))]
-
-
-# A thread holds its share of N, of scores, their gains and both weights: as many keys as leave nothing for the stack,
-# half as many where a mask or a soft cap takes registers too. Above 128 the queries alone fill shared memory, and
-# blocks of 32 rows are multiplied in the older way (HMMA). float32 holds operands in registers too: small blocks.
-# Heads beyond 256 are spread over more threads, and loaded two blocks at a time where shared memory has room for them:
-# with one, Triton 3.6 spilt three registers of a masked and capped change; with two 70 are left over.
-_BEYOND, _AHEAD = Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)
-_LONG = (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), _BEYOND)
-_AMPERE = Tiles(
-    plain=(Tile(64, 32, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _AHEAD),
-    # Triton 3.6 spills twelve registers of 32 keys.
-    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32 if newer_assembler() else 16, 8, 2), _AHEAD),
-    long=(Tile(16, 16, 8, 1), *_LONG[1:]),
-)
-# Less shared memory: 99 KiB.
-_ADA = Tiles(
-    plain=(Tile(64, 32, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), _BEYOND),
-    busy=(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), _BEYOND),
-    long=(Tile(16, 16, 8, 1), *_LONG[1:]),
-)
-_HOPPER = Tiles(
-    plain=(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), _AHEAD),
-    busy=(Tile(64, 16, 4, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2), _AHEAD),
-    long=_LONG,
-)
-_FEW = (Tile(64, 64, 1, 1),) * 4
-TILES = {INTERPRETER: Tiles(_FEW, _FEW, _FEW), 80: _AMPERE, 89: _ADA, 90: _HOPPER, 100: _HOPPER}
-
-
 @triton.jit(do_not_specialize=["HEADS", "GROUP", "T", "TK"])
 def value_kernel(
-    Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER,
+    Q, K, V, MASK, FIRST, END, OUT, Y, TOP, TOTAL, LEADER,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_t, m_k, HEADS, GROUP, T, TK, E, EV, scale, cap,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
@@ -140,10 +80,13 @@ def value_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     leader = tl.zeros((BLOCK_M,), tl.int32)
     sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
-    for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
+    begin, end = keys_seen(FIRST, END, first, T, TK, BLOCK_M, CAUSAL)
+    K += begin * k_t
+    V += begin * v_t
+    for start in range(begin, end, BLOCK_N):
         k = load_rows(K, k_t, TK - start, E, BLOCK_N, WIDTH)
         v = load_rows(V, v_t, TK - start, EV, BLOCK_N, WIDTH_V)
-        s = hidden(capped(score(q, k, scale), cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
+        s = hidden(capped(score(q, k, scale), cap), MASK, FIRST, END, m_t, m_k, first, start, T, TK, CAUSAL)
         best = tl.max(s, 1)
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         leader = tl.where(best > m, tl.max(tl.where(s == best[:, None], keys, 0), 1), leader)
@@ -161,7 +104,7 @@ def value_kernel(
 
 @triton.jit(do_not_specialize=["QUERIES", "HEADS", "GROUP", "T", "TK"])
 def change_kernel(
-    Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
+    Q, K, V, MASK, FIRST, END, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
     QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
     CAUSAL: tl.constexpr, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, V_MOVES: tl.constexpr,
@@ -188,7 +131,12 @@ def change_kernel(
         leader = load_numbers(LEADER, head, first, T, BLOCK_M)
         shift = leader_change(Q, DQ, K, DK, q_t, k_t, leader, rows, E, scale, cap, Q_MOVES, K_MOVES, BLOCK_M)
     N = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
-    for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
+    begin, end = keys_seen(FIRST, END, first, T, TK, BLOCK_M, CAUSAL)
+    K += begin * k_t
+    DK += begin * k_t
+    V += begin * v_t
+    DV += begin * v_t
+    for start in range(begin, end, BLOCK_N):
         count = TK - start
         if LONG:
             raw, ds = scores_by_pieces(
@@ -198,7 +146,7 @@ def change_kernel(
             k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
             dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
             raw, ds = score(q0, k0, scale), score_change(dq, q1, k0, dk, scale, Q_MOVES, K_MOVES)
-        s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL) - top[:, None]
+        s = hidden(capped(raw, cap), MASK, FIRST, END, m_t, m_k, first, start, T, TK, CAUSAL) - top[:, None]
         p = tl.exp(s)
         after = p
         if SCORES_MOVE:
@@ -241,7 +189,7 @@ def _first_mean(gained, p, total):
 
 @triton.jit(do_not_specialize=["QUERIES", "HEADS", "GROUP", "T", "TK"])
 def large_change_kernel(
-    Q, K, V, MASK, OUT, Y, TOP, TOTAL, LEADER, LARGE,
+    Q, K, V, MASK, FIRST, END, OUT, Y, TOP, TOTAL, LEADER, LARGE,
     q_n, q_b, q_h, q_t, k_n, k_b, k_h, k_t, v_n, v_b, v_h, v_t, m_b, m_h, m_t, m_k, o_n,
     QUERIES, HEADS, GROUP, T, TK, E, EV, scale, cap,
     CAUSAL: tl.constexpr, Q_MOVES: tl.constexpr, K_MOVES: tl.constexpr, V_MOVES: tl.constexpr,
@@ -266,7 +214,12 @@ def large_change_kernel(
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
-        for start in range(0, end_of_keys(first, TK, BLOCK_M, CAUSAL), BLOCK_N):
+        begin, end = keys_seen(FIRST, END, first, T, TK, BLOCK_M, CAUSAL)
+        K += begin * k_t
+        DK += begin * k_t
+        V += begin * v_t
+        DV += begin * v_t
+        for start in range(begin, end, BLOCK_N):
             count = TK - start
             v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)
             dv = load_rows(DV, v_t, count, EV, BLOCK_N, WIDTH_V) if V_MOVES else v0
@@ -278,7 +231,7 @@ def large_change_kernel(
                 k0 = load_rows(K, k_t, count, E, BLOCK_N, WIDTH)
                 dk = load_rows(DK, k_t, count, E, BLOCK_N, WIDTH) if K_MOVES else k0
                 raw, ds = score(q0, k0, scale), score_change(dq, q1, k0, dk, scale, Q_MOVES, K_MOVES)
-            s = hidden(capped(raw, cap), MASK, m_t, m_k, first, start, T, TK, CAUSAL)
+            s = hidden(capped(raw, cap), MASK, FIRST, END, m_t, m_k, first, start, T, TK, CAUSAL)
             s += capped_change(raw, ds, cap)
             m, total, sums = softmax_step(s, v0, dv, m, total, sums, V_MOVES)
             K += k_t * BLOCK_N
@@ -290,7 +243,16 @@ def large_change_kernel(
 
 
 def attention_delta(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool, scale: float, mask: Tensor | None, cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None,
+    cap: float | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
     """Fill `out` (1+Q, B, H, T, E'), contiguous. As `finf_fast.ops.attention_delta`.
 
@@ -302,20 +264,39 @@ def attention_delta(
         v: (1+Q, B, H', T', E') or leading size 1.
         out: q's dtype.
         mask: (B, H, T, T') of any strides, bool or floating, or None.
+        cu_seqlens: (S+1,) from 0 to T, or None; nothing is read from elsewhere if it is not that.
     """
     q, k, v = aligned(q), aligned(k), aligned(v)
     EV, whole = out.shape[4], v.shape[4]
     room = out if whole == EV else out.new_empty(*out.shape[:4], whole)
-    _launch(q, k, v, room, causal, scale, mask, cap)
+    texts = (None, None) if cu_seqlens is None else _texts(cu_seqlens, out.shape[3])
+    _launch(q, k, v, room, causal, scale, mask, cap, texts)
     if room is not out:
         out.copy_(room[..., :EV])
 
 
+def _texts(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """(T,) int32 each: where the text of every row begins, and one past its end."""
+    rows = torch.arange(T, device=cu_seqlens.device)
+    text = (torch.searchsorted(cu_seqlens, rows.to(cu_seqlens.dtype), right=True) - 1).clamp_(0, len(cu_seqlens) - 2)
+    edges = cu_seqlens.to(torch.int32).clamp(0, T)
+    return edges[text], edges[text + 1]
+
+
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, scale: float, mask: Tensor | None, cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None,
+    cap: float | None,
+    texts: tuple[Tensor | None, Tensor | None],
 ) -> None:
     (_, B, H, T, E), TK, EV = q.shape, k.shape[3], v.shape[4]
-    tile = settings_for(TILES, architecture(q.device)).of(q.dtype, max(E, EV), mask is not None or cap is not None)
+    busy = mask is not None or cap is not None or texts[0] is not None
+    tile = settings_for(TILES, architecture(q.device)).of(q.dtype, max(E, EV), busy)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     blocks, Q = triton.cdiv(T, tile.BLOCK_M) * B * H, len(out) - 1
@@ -336,7 +317,7 @@ def _launch(
         **registers(architecture(q.device), q.dtype, max(width(E), width(EV)), tile),
     }
     strides = (*q.stride()[1:4], *k.stride()[1:4], *v.stride()[1:4], *places)
-    value_kernel[(blocks,)](q, k, v, mask, out, y, top, total, leader, *strides, *numbers, **shape)
+    value_kernel[(blocks,)](q, k, v, mask, *texts, out, y, top, total, leader, *strides, *numbers, **shape)
     if not Q:
         return
     moves = {"Q_MOVES": len(q) > 1, "K_MOVES": len(k) > 1, "V_MOVES": len(v) > 1}
@@ -345,19 +326,5 @@ def _launch(
     # The third kernel looks on the device whether it is needed, and mostly returns at once.
     for kernel in (change_kernel, large_change_kernel)[: 1 + (moves["Q_MOVES"] or moves["K_MOVES"])]:
         kernel[(Q * blocks,)](
-            *(q, k, v, mask, out, y, top, total, leader, large, *strides, Q, *numbers), **moves, **shape
+            *(q, k, v, mask, *texts, out, y, top, total, leader, large, *strides, Q, *numbers), **moves, **shape
         )
-
-
-def registers(architecture: int, dtype: torch.dtype, width: int, tile: Tile) -> dict[str, int]:
-    """Options on registers: before 9.0 any assembler spills a few of a wide head's, and of a narrow one's in float32
-    behind a bool mask, to fit in another program, and that of Triton 3.6 a few of any narrow one's."""
-    narrow = width <= 64 and (dtype == torch.float32 or not newer_assembler())
-    if 0 < architecture < 90 and (width > 128 or narrow):
-        return alone(tile.num_warps)
-    return roomy(tile.num_warps) if dtype == torch.float32 else {}
-
-
-def width(E: int) -> int:
-    """Numbers of a head that a tile holds: a power of two from 16, the least that a product takes."""
-    return max(16, triton.next_power_of_2(E))

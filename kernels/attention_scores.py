@@ -28,9 +28,14 @@ def place(pid, blocks, QUERIES, HEADS, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def end_of_keys(first, TK, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """Keys from here on no row of the block sees."""
-    return min(TK, first + BLOCK_M) if CAUSAL else TK
+def keys_seen(FIRST, END, first, T, TK, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """First and one past last key that some row of the block sees, as far as texts and `causal` tell."""
+    begin, end = 0, TK
+    if FIRST is not None:
+        begin, end = tl.load(FIRST + first), tl.load(END + min(first + BLOCK_M, T) - 1)
+    if CAUSAL:
+        end = min(end, first + BLOCK_M)
+    return begin, end
 
 
 @triton.jit
@@ -87,11 +92,15 @@ def capped(raw, cap):
 
 
 @triton.jit
-def hidden(s, MASK, m_t, m_k, first, start, T, TK, CAUSAL: tl.constexpr):
+def hidden(s, MASK, FIRST, END, m_t, m_k, first, start, T, TK, CAUSAL: tl.constexpr):
     """Scores with the mask added, -inf where a row may not look; MASK stands at the block's first row, key 0."""
     rows = tl.arange(0, s.shape[0])[:, None]
     keys = start + tl.arange(0, s.shape[1])[None, :]
     inside = keys < TK
+    if FIRST is not None:
+        there = first + rows < T
+        inside = keys < tl.load(END + first + rows, mask=there, other=0)
+        inside = inside & (keys >= tl.load(FIRST + first + rows, mask=there, other=0))
     if MASK is not None:
         # 64 bits, since the mask of a long text passes 2^31 numbers
         at = rows * m_t + keys.to(tl.int64) * m_k

@@ -229,11 +229,15 @@ void attend(int64_t rows, int64_t keys, int64_t E, int64_t Ev, float step, finf:
     std::vector<T> y((1 + Q) * B * H * rows * Ev);
     const finf::AttentionMask masks[] = {
         {nullptr, false, 0, 0, 0, 0}, {seen.data(), true, keys, 0, 0, 1}, {added.data(), false, 0, 0, keys, 1}};
-    for (const finf::AttentionMask& mask : masks)
+    for (const finf::AttentionMask& mask : masks) {
+        const bool segmented = rows == keys && draw() % 2 == 0;
+        std::vector<int64_t> cu_seqlens = {0, 0, rows / 3, rows / 2, rows};
         finf::attention_delta(
             {heads(q.data(), B, rows, H, E), heads(k.data(), B, keys, 1, E), heads(v.data(), B, keys, 1, Ev), mask,
-             y.data(), Q, B, H, 1, rows, keys, E, Ev, 1.0f, draw() % 2 ? 5.0f : 0.0f, draw() % 2 == 0},
+             segmented ? cu_seqlens.data() : nullptr, static_cast<int64_t>(cu_seqlens.size()) - 1, y.data(), Q, B, H, 1,
+             rows, keys, E, Ev, 1.0f, draw() % 2 ? 5.0f : 0.0f, draw() % 2 == 0},
             dtype, THREADS);
+    }
 }
 
 void attend_everywhere(std::mt19937& draw) {

@@ -22,7 +22,7 @@ page = importlib.import_module("finf_fast.reference.attention_delta")
 SLACK = {10.0: 100.0}
 
 
-def true_attention(q, k, v, *, causal=False, scale=None, mask=None, softcap=None):
+def true_attention(q, k, v, *, causal=False, scale=None, mask=None, softcap=None, cu_seqlens=None):
     """(B, H, T, E) and so on in long double, by definition."""
     group = q.shape[1] // k.shape[1]
     k, v = (np.repeat(x, group, 1) for x in (k, v))
@@ -32,6 +32,9 @@ def true_attention(q, k, v, *, causal=False, scale=None, mask=None, softcap=None
         s = np.where(mask.numpy(), s, -np.inf) if mask.dtype == torch.bool else s + exact(mask)
     if causal:
         s = np.where(np.tri(*s.shape[-2:], dtype=bool), s, -np.inf)
+    if cu_seqlens is not None:
+        text = np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens.numpy()))
+        s = np.where(text[:, None] == text, s, -np.inf)
     top = s.max(-1, keepdims=True)
     e = np.exp(s - np.where(np.isfinite(top), top, 0))
     total = e.sum(-1, keepdims=True)
@@ -214,6 +217,71 @@ def test_masks_from_tile_to_tile(dtype, name, size):
     held(stacks(size, dtype, T=90, Tk=200), dtype, size, mask=mask, slack=4 if name == "rising" else 1)
 
 
+# Texts of no length; inside a block of rows, as long as one, across blocks; beginning and ending at edges and off them.
+TEXTS = (
+    [0, 9],
+    [0, 3, 9],
+    [0, 0, 1, 1, 8, 9, 9],
+    [0, 64, 128],
+    [0, 5, 64, 64, 70, 200],
+    [0, 150, 190],
+    list(range(71)),
+)
+
+
+@pytest.mark.parametrize("edges", TEXTS, ids=lambda edges: f"{len(edges) - 1}-of-{edges[-1]}")
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "softcap": 3.0}])
+def test_texts_behind_each_other(dtype, edges, options):
+    T = edges[-1]
+    held(stacks(0.1, dtype, T=T, Tk=T), dtype, cu_seqlens=torch.tensor(edges), **options)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 10.0])
+@pytest.mark.parametrize("Q", [(2, 0, 0), (0, 2, 2), (2, 2, 2)])
+def test_texts_at_every_size_of_change(dtype, size, Q):
+    if size not in sizes(dtype):
+        pytest.skip("float16 cannot hold it")
+    edges = torch.tensor([0, 30, 100, 140], dtype=torch.int32)
+    held(stacks(size, dtype, Q=Q, T=140, Tk=140), dtype, size, SLACK.get(size, 1), cu_seqlens=edges)
+
+
+@pytest.mark.parametrize("name", ["right padding", "each", "each added"])
+def test_texts_behind_a_mask(dtype, name):
+    mask = LONG_MASKS[name]()[..., :90]
+    mask = mask if mask.dtype == torch.bool else mask.float()
+    held(stacks(0.1, dtype, T=90, Tk=90), dtype, mask=mask, cu_seqlens=torch.tensor([0, 40, 90]), causal=True)
+
+
+def test_a_text_is_as_it_is_alone(dtype):
+    """What lies before and behind it weighs nothing at all, however large it is."""
+    q, k, v = stacks(0.1, dtype, T=140, Tk=140)
+    for x in (k, v):
+        x[:, :, :, :50] *= 100
+        x[:, :, :, 90:] *= 100
+    out = attention_delta(q, k, v, cu_seqlens=torch.tensor([0, 50, 90, 140]), causal=True)[:, :, :, 50:90]
+    alone = attention_delta(*(x[:, :, :, 50:90] for x in (q, k, v)), causal=True)
+    near = {"rtol": 1e-2, "atol": 1e-2} if dtype in (torch.bfloat16, torch.float16) else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(out, alone, **near)
+
+
+@pytest.mark.parametrize("hides", ["bool", "added", "texts"])
+def test_keys_that_nobody_sees_are_passed_by(dtype, hides):
+    """A whole tile of them is not even read: what is there, NaN, would spread by 0 NaN."""
+    compiled_only()
+    q, k, v = stacks(0.1, dtype, T=256, Tk=256)
+    k[:, :, :, 64:192], v[:, :, :, 64:192] = math.nan, math.nan
+    mask, edges = (torch.arange(256) < 64) | (torch.arange(256) >= 192), None
+    if hides == "added":
+        mask = torch.zeros(256).masked_fill(~mask, -torch.inf)
+    if hides == "texts":
+        mask, edges = None, torch.tensor([0, 64, 192, 256])
+    out = attention_delta(q, k, v, mask=mask, cu_seqlens=edges)
+    wanted = torch.ones(256, dtype=torch.bool)
+    if hides == "texts":
+        wanted[64:192] = False
+    assert out[:, :, :, wanted].isfinite().all() and not out[:, :, :, ~wanted].isfinite().any()
+
+
 @pytest.mark.parametrize("size", [1e-6, 1e-3])
 def test_leaders_that_move_more_than_all_others(dtype, size):
     """Changes are counted from the leader's: one of another size, in an early tile or a late one, costs nothing."""
@@ -313,6 +381,8 @@ def some_of_everything():
             test_masks_from_tile_to_tile(taken, name, 0.1)
         for gain in (10, 50, 100):
             test_one_key_takes_all(taken, gain, 100, 0.0)
+        for edges in TEXTS:
+            test_texts_behind_each_other(taken, edges, {"causal": True, "softcap": 3.0})
         test_options_from_tile_to_tile(taken, (2, 2, 2), {"softcap": 3.0, "causal": True})
         test_the_same_bits_from_any_number_of_threads(taken, {"causal": True})
 
@@ -342,8 +412,8 @@ def test_layouts_and_empties(dtype):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(dtype, masked):
-    mask = MASKS["padding"]() if masked else None
-    args = (*stacks(0.1, dtype), True, None, mask, 5.0)
+    mask, edges = (MASKS["padding"](), torch.tensor([0, 4, 9])) if masked else (None, None)
+    args = (*stacks(0.1, dtype), True, None, mask, 5.0, edges)
     torch.library.opcheck(torch.ops.finf_fast.attention_delta.default, args)
 
 
@@ -367,6 +437,19 @@ def test_errors():
         attention_delta(q, k, v, softcap=0.0)
     with pytest.raises(ValueError, match="softcap: .* got 1e-46"):
         attention_delta(q, k, v, softcap=1e-46)
+    with pytest.raises(TypeError, match="cu_seqlens: wanted int32 or int64, got float32"):
+        attention_delta(q, k, v, cu_seqlens=torch.tensor([0.0, 9.0]))
+    with pytest.raises(ValueError, match=r"cu_seqlens: wanted shape \(S\+1\)"):
+        attention_delta(q, k, v, cu_seqlens=torch.tensor([[0, 9]]))
+    with pytest.raises(ValueError, match="cu_seqlens: wanted as many keys as rows, got T = 9 and T' = 5"):
+        attention_delta(q, k[:, :, :, :5], v[:, :, :, :5], cu_seqlens=torch.tensor([0, 9]))
+    for edges, got in (([0, 8], "0 to 8"), ([1, 9], "1 to 9"), ([9], "9 to 9")):
+        with pytest.raises(ValueError, match=f"cu_seqlens: wanted numbers from 0 to T = 9, got {got}"):
+            attention_delta(q, k, v, cu_seqlens=torch.tensor(edges))
+    with pytest.raises(ValueError, match=r"cu_seqlens: wanted no number below the one before, got \[5, 4\]"):
+        attention_delta(q, k, v, cu_seqlens=torch.tensor([0, 5, 4, 9]))
+    with pytest.raises(ValueError, match="cu_seqlens: .* got none"):
+        attention_delta(q, k, v, cu_seqlens=torch.empty(0, dtype=torch.int64))
 
 
 # Teeth.

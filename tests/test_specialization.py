@@ -103,7 +103,7 @@ def launch_attention(T: int, TK: int, H: int, Q: int, E: int = 64, EV: int = 64)
         stack(1 + Q, 2, H, TK, EV),
         stack(1 + Q, 2, H, T, EV),
     )
-    attention_delta(q, k, v, out, causal=True, scale=1.0, mask=None, cap=None)
+    attention_delta(q, k, v, out, causal=True, scale=1.0, mask=None, cap=None, cu_seqlens=None)
 
 
 def launch_norm(N: int, Q: int, D: int = 64, residual: bool = False) -> None:

@@ -16,6 +16,17 @@ void check_stack(const char* name, const HeadStack& stack, bool used) {
     for (int64_t stride : {stack.stride_q, stack.stride_b, stack.stride_h, stack.stride_t}) require_size(name, stride);
 }
 
+void check_segments(const Attention& op) {
+    if (!op.cu_seqlens) return;
+    require_size("S", op.S, 1);
+    require(op.T == op.Tk, "cu_seqlens", "as many keys as rows", op.Tk);
+    require(op.cu_seqlens[0] == 0, "cu_seqlens", "0 at first", op.cu_seqlens[0]);
+    for (int64_t i = 0; i < op.S; ++i)
+        require(op.cu_seqlens[i] <= op.cu_seqlens[i + 1], "cu_seqlens", "no smaller number after a larger",
+                op.cu_seqlens[i + 1]);
+    require(op.cu_seqlens[op.S] == op.T, "cu_seqlens", "T at the end", op.cu_seqlens[op.S]);
+}
+
 void check(const Attention& op, int64_t threads) {
     require_size("Q", op.Q);
     require_size("B", op.B);
@@ -34,6 +45,7 @@ void check(const Attention& op, int64_t threads) {
     check_stack("k", op.k, keys && op.E > 0);
     check_stack("v", op.v, keys && op.Ev > 0);
     require_memory("y", op.y, rows && op.Ev > 0);
+    check_segments(op);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ def attention_delta(
     scale: float | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """What `torch.nn.functional.scaled_dot_product_attention` gives, and by how much each query's changes move it.
 
@@ -47,8 +48,11 @@ def attention_delta(
         causal: row t sees keys 0 to t, whatever T' is (as is_causal in torch).
         scale: factor on the products, 1 / sqrt(E) if None.
         mask: broadcastable to (B, H, T, T'), the same for all queries: bool (True is seen), or a float that is added to
-            the scores; may stand beside `causal`.
+            the scores; may stand beside `causal`. A compiled face passes by blocks of keys that it hides.
         softcap: c > 0, a normal number of float32, makes a score c tanh(s / c), before the mask; or None.
+        cu_seqlens: (S+1,) int32 or int64 from 0 to T = T', ascending, for S texts that lie one behind another: rows
+            and keys cu_seqlens[i] to cu_seqlens[i+1] are text i, and see nothing of another; the same for all of B.
+            Scores between texts are not computed. A NaN may cross to the text beside it.
 
     Returns:
         (1+Q, B, H, T, E') in q's dtype, contiguous; leading size 1 where nothing changes. A row that sees no key gives
@@ -56,15 +60,16 @@ def attention_delta(
 
     Raises:
         TypeError: a dtype not named above, or k's or v's is not q's.
-        ValueError: shapes, numbers of queries or devices do not fit; softcap out of range; a face is forced that
-            refuses these inputs.
+        ValueError: shapes, numbers of queries or devices do not fit; softcap out of range; cu_seqlens does not go from
+            0 to T in ascending order (looked at on a CPU only: a GPU would have to be waited for); a face is forced
+            that refuses these inputs.
 
     Source: design section 2, "softmax" and "a product".
     """
-    return _attention_delta(q, k, v, causal, scale, mask, softcap)
+    return _attention_delta(q, k, v, causal, scale, mask, softcap, cu_seqlens)
 
 
-def _allocate(q, k, v, causal, scale, mask, softcap):
+def _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens):
     check_dtype("q", q, *FLOATS)
     check_dtype("k", k, q.dtype)
     check_dtype("v", v, q.dtype)
@@ -80,6 +85,8 @@ def _allocate(q, k, v, causal, scale, mask, softcap):
     check_softcap(softcap)
     if mask is not None:
         _check_mask(q, mask, (B, H, T, k.shape[3]))
+    if cu_seqlens is not None:
+        _check_cu_seqlens(q, cu_seqlens, T, k.shape[3])
     return q.new_empty(1 + stacked_queries({"q": q, "k": k, "v": v}), B, H, T, v.shape[4])
 
 
@@ -93,15 +100,37 @@ def _check_mask(q: Tensor, mask: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"mask: wanted a shape that broadcasts to (B, H, T, T') = {shape}, got {tuple(mask.shape)}")
 
 
-def _run_reference(q, k, v, causal, scale, mask, softcap):
-    return reference.attention_delta(q, k, v, causal=causal, scale=scale, mask=mask, softcap=softcap)
+def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor, T: int, Tk: int) -> None:
+    check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
+    check_shape("cu_seqlens", cu_seqlens, "S+1", None)
+    check_same_device(q=q, cu_seqlens=cu_seqlens)
+    if Tk != T:
+        raise ValueError(f"cu_seqlens: wanted as many keys as rows, got T = {T} and T' = {Tk}")
+    if not len(cu_seqlens):
+        raise ValueError("cu_seqlens: wanted (S+1,) numbers from 0 to T, got none")
 
 
-def _run_cpp(q, k, v, causal, scale, mask, softcap):
-    out = _allocate(q, k, v, causal, scale, mask, softcap)
+def _check_ascends(cu_seqlens: Tensor, T: int) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first or last != T:
+        raise ValueError(f"cu_seqlens: wanted numbers from 0 to T = {T}, got {first} to {last}")
+    falls = (cu_seqlens.diff() < 0).nonzero()
+    if len(falls):
+        at = int(falls[0])
+        raise ValueError(f"cu_seqlens: wanted no number below the one before, got {cu_seqlens[at : at + 2].tolist()}")
+
+
+def _run_reference(q, k, v, causal, scale, mask, softcap, cu_seqlens):
+    options = {"causal": causal, "scale": scale, "mask": mask, "softcap": softcap, "cu_seqlens": cu_seqlens}
+    return reference.attention_delta(q, k, v, **options)
+
+
+def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens):
+    out = _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
     (_, B, H, T, E), (Hk, Tk, Ev) = q.shape, (*k.shape[2:4], v.shape[4])
     q, k, v, mask = rows(q), rows(k), rows(v), _numbers(mask)
     shared = None if mask is None else mask.expand(B, H, T, Tk)
+    edges = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     dispatch.compiled().attention_delta(
         *(CODES[q.dtype], *_told(q), *_told(k), *_told(v)),
         *(
@@ -109,6 +138,7 @@ def _run_cpp(q, k, v, causal, scale, mask, softcap):
             mask is not None and mask.dtype == torch.bool,
             shared.stride() if mask is not None else [0] * 4,
         ),
+        *(address(edges), 0 if edges is None else len(edges) - 1),
         *(out.data_ptr(), len(out) - 1, B, H, Hk, T, Tk, E, Ev),
         *(1 / math.sqrt(max(E, 1)) if scale is None else scale, softcap or 0.0, causal, torch.get_num_threads()),
     )
@@ -125,16 +155,17 @@ def _numbers(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.to(torch.float32)
 
 
-def _run_triton(q, k, v, causal, scale, mask, softcap):
+def _run_triton(q, k, v, causal, scale, mask, softcap, cu_seqlens):
     from finf_fast.kernels import attention_delta as kernel
 
-    out = _allocate(q, k, v, causal, scale, mask, softcap)
+    out = _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
     B, H, T, E = q.shape[1:]
     if not out.numel() or not k.shape[3]:
         return out.zero_()
     scale = 1 / math.sqrt(max(E, 1)) if scale is None else scale
     mask = None if mask is None else mask.expand(B, H, T, k.shape[3])
-    kernel.attention_delta(q, k, v, out, causal=causal, scale=scale, mask=mask, cap=softcap)
+    options = {"causal": causal, "scale": scale, "mask": mask, "cap": softcap, "cu_seqlens": cu_seqlens}
+    kernel.attention_delta(q, k, v, out, **options)
     return out
 
 
@@ -143,10 +174,13 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 @register(
     "attention_delta",
-    "(Tensor q, Tensor k, Tensor v, bool causal, float? scale, Tensor? mask, float? softcap) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, bool causal, float? scale, Tensor? mask, float? softcap, Tensor? cu_seqlens) "
+    "-> Tensor",
     _allocate,
 )
-def _attention_delta(q, k, v, causal, scale, mask, softcap):
-    _allocate(q, k, v, causal, scale, mask, softcap)
+def _attention_delta(q, k, v, causal, scale, mask, softcap, cu_seqlens):
+    _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
+    if cu_seqlens is not None and q.device.type == "cpu":
+        _check_ascends(cu_seqlens, q.shape[3])
     face = dispatch.choose("attention_delta", q, width=max(q.shape[4], v.shape[4]))
-    return _FACES[face](q, k, v, causal, scale, mask, softcap)
+    return _FACES[face](q, k, v, causal, scale, mask, softcap, cu_seqlens)

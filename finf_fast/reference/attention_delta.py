@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -31,16 +32,30 @@ class _Rule:
     causal: bool
 
 
-def attention_delta(q, k, v, *, causal=False, scale=None, mask=None, softcap=None) -> Tensor:
+def attention_delta(q, k, v, *, causal=False, scale=None, mask=None, softcap=None, cu_seqlens=None) -> Tensor:
     """See `finf_fast.ops.attention_delta`."""
     _, B, H, T, E = q.shape
-    Hk, Tk, Ev = k.shape[2], k.shape[3], v.shape[4]
-    Q, dtype, group = queries(q, k, v), arithmetic(q.dtype), H // max(Hk, 1)
-    out = q.new_empty(1 + Q, B, H, T, Ev)
+    Tk, Ev = k.shape[3], v.shape[4]
+    out = q.new_empty(1 + queries(q, k, v), B, H, T, Ev)
     if not Tk or not out.numel():
         return out.zero_()
     rule = _Rule(1 / math.sqrt(max(E, 1)) if scale is None else scale, softcap, causal)
     masks = None if mask is None else mask.expand(B, H, T, Tk)
+    if cu_seqlens is None:
+        _attend_all(out, q, k, v, rule, masks)
+        return out
+    for first, last in itertools.pairwise(cu_seqlens.tolist()):
+        text = slice(first, last)
+        seen = None if masks is None else masks[:, :, text, text]
+        if first < last:
+            _attend_all(*(x[:, :, :, text] for x in (out, q, k, v)), rule, seen)
+    return out
+
+
+def _attend_all(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: _Rule, masks: Tensor | None) -> None:
+    """Fills `out` (1+Q, B, H, T, Ev), piece by piece."""
+    Q, (_, B, H, T, _), (Hk, Tk) = len(out) - 1, q.shape, k.shape[2:4]
+    dtype, group, causal = arithmetic(q.dtype), H // max(Hk, 1), rule.causal
     for b in range(B):
         for g in range(Hk):
             heads = slice(g * group, (g + 1) * group)
@@ -51,7 +66,6 @@ def attention_delta(q, k, v, *, causal=False, scale=None, mask=None, softcap=Non
                 rows = split(q[:, b, heads, at], dtype)
                 part = [x[:, seen] for x in (*keys, *values)]
                 _attend(out[:, b, heads, at], rows, part[:2], part[2:], rule, _bias(block, causal, at, seen, rows[0]))
-    return out
 
 
 def _bias(mask: Tensor | None, causal: bool, at: slice, seen: slice, like: Tensor) -> Tensor | None:

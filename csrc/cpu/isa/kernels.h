@@ -177,6 +177,10 @@ struct AttentionMask {
 struct Attention {
     HeadStack q, k, v;  // of H, Hk and Hk heads, of T, Tk and Tk rows, of E, E and Ev numbers
     AttentionMask mask;
+    // (S+1) from 0 to T, ascending, and T = Tk: rows cu_seqlens[i] to cu_seqlens[i+1] see keys of the same numbers
+    // alone. Null: one segment.
+    const int64_t* cu_seqlens;
+    int64_t S;
     void* y;  // (1+Q, B, H, T, Ev), side by side, written
     int64_t Q, B, H, Hk, T, Tk, E, Ev;
     float scale;

@@ -45,6 +45,7 @@ struct Room {
     float *lead, *shrink;           // ROWS: the tile's key that leads now, or -1; e^(m before - m)
     float *back, *gained, *fresh1;  // ROWS: -c, sum of p expm1(g) over a tile, and of p e^g
     float *shift, *b, *d, *d1, *large;  // ROWS: ds_j, b, D, D1, 1 where the second walk is needed
+    float *low, *high;                  // ROWS, with segments: first and one past last key of the tile that is a row's
 };
 
 int64_t moving(const HeadStack& stack, int64_t Q) { return stack.moves ? Q : 0; }
@@ -66,6 +67,7 @@ Room furnish(const Attention& op, Pieces& all) {
     for (float** each : {&room.m, &room.d0, &room.fresh, &room.lead, &room.shrink}) *each = all.take(ROWS);
     for (float** each : {&room.back, &room.gained, &room.fresh1}) *each = all.take(ROWS);
     for (float** each : {&room.shift, &room.b, &room.d, &room.d1, &room.large}) *each = all.take(moves * ROWS);
+    for (float** each : {&room.low, &room.high}) *each = all.take(op.cu_seqlens ? ROWS : 0);
     return room;
 }
 
@@ -85,6 +87,9 @@ const T* rows_of(const HeadStack& stack, int64_t k, int64_t b, int64_t h, int64_
            t * stack.stride_t;
 }
 
+using finf::AttentionMask;
+enum class Sight { none, some, all };
+
 // A block of rows of one head, and the tile of keys that passes by.
 template <class T>
 class Scores {
@@ -99,7 +104,9 @@ class Scores {
           ld_((rows_ + Vec::W - 1) / Vec::W * Vec::W),
           Ek_(finf::vectors(op.E)),
           Ev_(finf::vectors(op.Ev)),
-          moves_(op.Q > 0 && (op.q.moves || op.k.moves)) {}
+          moves_(op.Q > 0 && (op.q.moves || op.k.moves)),
+          first_segment_(op.cu_seqlens ? segment(t0) : 0),
+          last_segment_(op.cu_seqlens ? segment(t0 + rows_ - 1) : 0) {}
 
     // Queries, keys and values.
     void take_queries() {
@@ -141,15 +148,53 @@ class Scores {
             }
     }
 
-    // Calls add() for every tile that some row sees.
+    // Calls add() for every tile that some row sees, as far as segments, `causal` and the mask alone can tell.
     template <class Add>
     void walk(Add add) {
-        const int64_t last = t0_ + rows_, end = op_.causal && last < op_.Tk ? last : op_.Tk;
-        for (key0_ = 0; key0_ < end; key0_ += KEYS) {
+        const int64_t begin = op_.cu_seqlens ? op_.cu_seqlens[first_segment_] : 0;
+        const int64_t there = op_.cu_seqlens ? op_.cu_seqlens[last_segment_ + 1] : op_.Tk;
+        const int64_t last = t0_ + rows_, end = op_.causal && last < there ? last : there;
+        for (key0_ = begin; key0_ < end; key0_ += KEYS) {
             count_ = end - key0_ < KEYS ? end - key0_ : KEYS;
+            sight_ = sight();
+            if (sight_ == Sight::none) continue;
             take_tile(op_.k, op_.E, Ek_, room_.k);
             add();
         }
+    }
+    // The segment that a row lies in: the last one that begins no later.
+    int64_t segment(int64_t t) const {
+        int64_t low = 0, high = op_.S;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (op_.cu_seqlens[middle] <= t ? low : high) = middle;
+        }
+        return low;
+    }
+    // What the mask shows of the tile.
+    Sight sight() const {
+        if (!op_.mask.first) return Sight::all;
+        return op_.mask.boolean
+                   ? sight_through(static_cast<const uint8_t*>(op_.mask.first), [](uint8_t x) { return x != 0; })
+                   : sight_through(static_cast<const float*>(op_.mask.first), [](float x) { return x != -INF; });
+    }
+    template <class X, class Shows>
+    Sight sight_through(const X* mask, Shows shows) const {
+        const int64_t rows = op_.mask.stride_t ? rows_ : 1, keys = op_.mask.stride_k ? count_ : 1;
+        bool any = false, all = op_.mask.boolean;  // numbers have to be added
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t key = 0; key < keys; ++key) {
+                const bool shown = shows(mask[mask_place(r, key)]);
+                any |= shown;
+                all &= shown;
+            }
+            if (any && !all) return Sight::some;
+        }
+        return all ? Sight::all : any ? Sight::some : Sight::none;
+    }
+    int64_t mask_place(int64_t r, int64_t key) const {
+        const AttentionMask& mask = op_.mask;
+        return b_ * mask.stride_b + h_ * mask.stride_h + (t0_ + r) * mask.stride_t + (key0_ + key) * mask.stride_k;
     }
     // How many of the tile's keys the lanes [lane, lane + W) see; what lies behind them is neither written nor read.
     int64_t seen(int64_t lane) const {
@@ -181,7 +226,8 @@ class Scores {
         const Term value = {room_.k, room_.q0, op_.E};
         multiply_keys(&value, 1, room_.s);
         if (op_.softcap > 0) cap();
-        if (op_.mask.first && !mask()) return false;
+        if (first_segment_ != last_segment_) separate();
+        if (sight_ == Sight::some && !mask()) return false;
         take_tile(op_.v, op_.Ev, Ev_, room_.v);
         return true;
     }
@@ -223,6 +269,26 @@ class Scores {
             store(room_.ds + i, c * change);
         });
     }
+    // Hides the keys of other segments.
+    void separate() {
+        for (int64_t r = 0, at = first_segment_; r < ld_; ++r) {
+            while (at < last_segment_ && op_.cu_seqlens[at + 1] <= t0_ + r) ++at;
+            room_.low[r] = inside_tile(op_.cu_seqlens[at]);
+            room_.high[r] = inside_tile(op_.cu_seqlens[at + 1]);
+        }
+        each_lane(ld_, [&](int64_t lane) FINF_LAMBDA {
+            const Vec low = load(room_.low + lane), high = load(room_.high + lane);
+            for (int64_t key = 0, end = seen(lane); key < end; ++key) {
+                float* at = room_.s + key * ld_ + lane;
+                const Vec k(static_cast<float>(key));
+                store(at, select_less(k, low, Vec(-INF), select_less(k, high, load(at), Vec(-INF))));
+            }
+        });
+    }
+    float inside_tile(int64_t key) const {
+        const int64_t at = key - key0_;
+        return static_cast<float>(at < 0 ? 0 : at > count_ ? count_ : at);
+    }
     bool mask() {
         for (int64_t key = 0; key < count_; ++key)
             for (int64_t r = 0; r < ld_; ++r) mask_one(room_.s[key * ld_ + r], key, r);
@@ -237,14 +303,12 @@ class Scores {
         return any;
     }
     FINF_MEMBER void mask_one(float& s, int64_t key, int64_t r) const {
-        const auto& mask = op_.mask;
-        const int64_t at =
-            b_ * mask.stride_b + h_ * mask.stride_h + (t0_ + r) * mask.stride_t + (key0_ + key) * mask.stride_k;
+        const AttentionMask& mask = op_.mask;
         if (r >= rows_) {
             s = -INF;
         } else if (!mask.boolean) {
-            s += static_cast<const float*>(mask.first)[at];
-        } else if (!static_cast<const uint8_t*>(mask.first)[at]) {
+            s += static_cast<const float*>(mask.first)[mask_place(r, key)];
+        } else if (!static_cast<const uint8_t*>(mask.first)[mask_place(r, key)]) {
             s = -INF;
         }
     }
@@ -254,8 +318,10 @@ class Scores {
     const Attention& op_;
     const Room& room_;
     const int64_t b_, h_, t0_, rows_, ld_, Ek_, Ev_;
-    const bool moves_;              // whether scores do
+    const bool moves_;  // whether scores do
+    const int64_t first_segment_, last_segment_;
     int64_t key0_ = 0, count_ = 0;  // the tile
+    Sight sight_ = Sight::all;
 };
 
 }  // namespace attention
