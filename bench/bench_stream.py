@@ -11,6 +11,7 @@ read(2) of the file, whichever of 1 and 8 MiB a call is faster.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Callable
@@ -235,7 +236,8 @@ def evict(path: Path) -> bool:
 
 
 def plainly_read(path: Path, size: int) -> Callable[[], None]:
-    room = bytearray(size)
+    # From the start of a page on: a few bytes behind it, as most allocators give them, a Zen 3 reads at a fifth.
+    room = mmap.mmap(-1, size)
 
     def run() -> None:
         with open(path, "rb", buffering=0) as file:

@@ -23,6 +23,7 @@
 #include "cpu/topk_merge.h"
 #include "io/deliver.h"
 #include "io/forerunner.h"
+#include "io/slots.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -288,6 +289,11 @@ Trouble deliver_pixels(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_
     return {done.error, done.byte};
 }
 
+bool leads_to(const std::string& path, uint64_t device, uint64_t inode, int64_t size, int64_t changed_ns,
+              int64_t touched_ns, bool numbered) {
+    return finf::leads_to(path.c_str(), {device, inode, size, changed_ns, touched_ns}, numbered);
+}
+
 Trouble read_at(int descriptor, uintptr_t to, int64_t first, int64_t bytes) {
     const auto done = finf::read_at(descriptor, memory<uint8_t>(to), first, bytes);
     return {done.error, done.byte};
@@ -390,6 +396,22 @@ PYBIND11_MODULE(_C, module) {
                "where the disk keeps it waiting, a thread brings the next bytes into the page cache. Returns whether "
                "one does.");
     module.def("stop_ahead", finf::stop_ahead, "descriptor"_a, "It is about to be closed.");
+    module.def("leads_to", leads_to, unlocked, "path"_a, "device"_a, "inode"_a, "size"_a, "changed_ns"_a,
+               "touched_ns"_a, "numbered"_a,
+               "Whether a name leads to the file with this identity, device and inode aside where not numbered.");
+    // Lent and given back under the interpreter's lock.
+    py::class_<finf::Slots, std::shared_ptr<finf::Slots>>(module, "Slots")
+        .def(py::init<int64_t, int64_t>(), "kept"_a, "kept_bytes"_a)
+        .def(
+            "lend",
+            [](const std::shared_ptr<finf::Slots>& slots, int64_t bytes) {
+                return std::make_unique<finf::Lease>(slots, bytes);
+            },
+            "bytes"_a, "A buffer of at least so many bytes, whose memory comes back with its end.")
+        .def("waiting", &finf::Slots::waiting, "Bytes of each slot that waits.");
+    py::class_<finf::Lease>(module, "Lease", py::buffer_protocol()).def_buffer([](finf::Lease& lease) {
+        return py::buffer_info(lease.first(), lease.bytes());
+    });
     module.def("on_network", finf::on_network, "descriptor"_a, "Whether a file lies behind a network.");
     module.def("isa", [] { return finf::kernels().name; }, "The instruction set in use.");
     module.def("isas", isas, "The instruction sets this processor can run, best first.");

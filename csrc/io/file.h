@@ -36,6 +36,15 @@ Seen bring_in(const OpenFile& file, uint8_t* room, int64_t first, int64_t bytes)
 // The process forgets the pages of these bytes, so that what it holds does not grow with the file.
 void let_go(const OpenFile& file, int64_t first, int64_t bytes);
 
+// What stays the same of a file as long as nobody touches it.
+struct Identity {
+    uint64_t device, inode;
+    int64_t size, changed_ns, touched_ns;  // touched: also by a change of attributes
+};
+
+// Whether that is what the name leads to now; device and inode aside where the file system numbers its files anew.
+bool leads_to(const char* path, const Identity& known, bool numbered);
+
 // Whether the file lies behind a network, by what the system says of its file system; false where it says nothing.
 bool on_network(int descriptor);
 

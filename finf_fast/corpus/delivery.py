@@ -30,17 +30,15 @@ class Shades:
     """What stands for a pixel's 256 values, channel by channel.
 
     Attributes:
-        table: (C, 256) float32, or the bits of bfloat16 as int16.
-        dtype: of what is delivered, torch.float32 or torch.bfloat16.
+        table: (C, 256) of what is delivered, float32 or bfloat16.
         run: pixels of one channel that lie side by side: H·W in planes, 1 where the channels take turns.
         mean, std: (C,) float32: the table is ``(x / 255 - mean) / std``, each step rounded to float32.
     """
 
-    table: np.ndarray
-    dtype: torch.dtype
+    table: Tensor
     run: int
-    mean: np.ndarray
-    std: np.ndarray
+    mean: Tensor
+    std: Tensor
 
 
 def integers(
@@ -95,19 +93,21 @@ def as_stored(
     return out
 
 
-def shaded(array: MappedArray, starts: Starts, length: int, shades: Shades) -> Tensor:
-    """Runs of uint8 pixels as (B, length) of the dtype and the numbers that ``shades`` gives them."""
-    out = array.file.reading.slots.empty((len(starts), length), shades.dtype)
-    loops, channels = _loops(array), len(shades.table)
+def shaded(array: MappedArray, starts: Starts, shape: tuple[int, ...], shades: Shades) -> Tensor:
+    """Runs of uint8 pixels as (B, *shape) of the dtype and the numbers that ``shades`` gives them."""
+    length, table = math.prod(shape), shades.table
+    out = array.file.reading.slots.empty((len(starts), *shape), table.dtype)
+    loops = _loops(array)
     if loops is None:
-        return _one_by_one(array, starts, length, None, out, lambda raw: _looked_up(raw, shades))
+        _one_by_one(array, starts, length, None, out.view(len(starts), -1), lambda raw: _looked_up(raw, shades))
+        return out
 
     def deliver(*where: int) -> tuple[int, int]:
         *place, _, count, length, threads = where
         return loops.deliver_pixels(
             *(*place, count, length, threads),
-            *(shades.table.ctypes.data, shades.table.itemsize, channels, shades.run),
-            *(shades.mean.ctypes.data, shades.std.ctypes.data, out.data_ptr()),
+            *(table.data_ptr(), table.itemsize, len(table), shades.run),
+            *(shades.mean.data_ptr(), shades.std.data_ptr(), out.data_ptr()),
         )
 
     _delivered(array, starts, length, None, deliver)
@@ -138,13 +138,14 @@ def _delivered(
         firsts = array.offset + np.asarray(starts, np.int64) * item
         where = firsts.ctypes.data, 0, 0
     items = len(starts) * length if lengths is None else int(lengths.sum())
-    with array.file.source(begin, end, min(end - begin, items * item)) as source:
-        error, byte = deliver(
-            *(*source, *where, 0 if lengths is None else lengths.ctypes.data),
-            *(len(starts), length, array.file.reading.threads),
-        )
-        if error:
-            array.file.refuse(error, byte, end)
+    source = array.file.begin(begin, end, min(end - begin, items * item))
+    error, byte = deliver(
+        *(*source.where, *where, 0 if lengths is None else lengths.ctypes.data),
+        *(len(starts), length, array.file.reading.threads),
+    )
+    if error:
+        array.file.refuse(error, byte, end)
+    array.file.end(source)
     return True
 
 
@@ -187,5 +188,5 @@ def _native(raw: np.ndarray) -> Tensor:
 
 
 def _looked_up(raw: np.ndarray, shades: Shades) -> Tensor:
-    channel = np.arange(raw.size) // shades.run % len(shades.table)
-    return torch.from_numpy(shades.table[channel, raw]).view(shades.dtype)
+    channel = torch.arange(raw.size) // shades.run % len(shades.table)
+    return shades.table[channel, torch.from_numpy(raw.astype(np.int64))]

@@ -56,6 +56,7 @@ class MappedFile:
         self.path = os.fspath(path)
         self.name = name or self.path
         self._place = os.path.abspath(path)  # the working directory may change
+        self._encoded = os.fsencode(self._place)
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"source: wanted a regular file, got {self.name!r}")
         self.reading = reading_of_new_files()
@@ -89,30 +90,36 @@ class MappedFile:
         if start == stop:
             yield np.empty(0, np.uint8)
             return
-        with self.source(start, stop, way="read") as source:
-            yield self._copied(source.descriptor, start, stop)
+        source = self.begin(start, stop, stop - start, way="read")
+        yield self._copied(source.opened.descriptor, start, stop)
+        self.end(source)
 
-    @contextmanager
-    def source(self, start: int, stop: int, count: int | None = None, way: str | None = None) -> Iterator[Source]:
-        """The open file, for a reading of bytes between ``start`` and ``stop``, ``count`` of them or all.
+    def begin(self, start: int, stop: int, count: int, way: str | None = None) -> Source:
+        """The open file, for a reading of ``count`` bytes between ``start`` and ``stop``, which :meth:`end` ends.
 
         What is mapped may only be looked at by compiled loops, which survive its going away.
 
         Raises:
             DamagedFile: as for :meth:`view`.
         """
-        count = stop - start if count is None else count
         opened = self._open()
         ahead = self._run_ahead(opened, start, stop)
         way = way or self.reading.way(count, lambda: ahead or _waits(opened.descriptor, stop - 1))
         # What ends too early is noticed while it is read; only of a mapping it has to be known before.
         self._require(stop, os.fstat(opened.descriptor).st_size if way == "map" else self.size)
-        since = time.perf_counter()
-        yield Source(opened.descriptor, *(opened.mapping() if way == "map" else (0, 0)))
-        self.reading.note(way, count, time.perf_counter() - since)
-        if ahead:  # a reading may be longer than what is brought in ahead of where it began
-            compiled().run_ahead(opened.descriptor, stop, self.size)
-        self.require_same(start)
+        where = (opened.descriptor, *(opened.mapping() if way == "map" else (0, 0)))
+        return Source(where, opened, start, stop, count, way, ahead, time.perf_counter())
+
+    def end(self, source: Source) -> None:
+        """Check what was read.
+
+        Raises:
+            DamagedFile: as for :meth:`view`.
+        """
+        self.reading.note(source.way, source.count, time.perf_counter() - source.since)
+        if source.ahead:  # a reading may be longer than what is brought in ahead of where it began
+            compiled().run_ahead(source.opened.descriptor, source.stop, self.size)
+        self.require_same(source.start)
 
     def require_same(self, start: int) -> None:
         """Check that the name still leads to the file that was opened, as it was; ``start`` is for the message.
@@ -120,6 +127,9 @@ class MappedFile:
         Raises:
             DamagedFile: it does not.
         """
+        loops = compiled()
+        if loops is not None and loops.leads_to(self._encoded, *self._known[0], self._numbered):
+            return
         try:
             now = os.stat(self._place)
         except OSError as error:
@@ -210,12 +220,23 @@ class MappedFile:
 
 
 class Source(NamedTuple):
-    """An open file: a descriptor, and where it is to be read through a mapping of it the addresses, else 0, of that
-    and of the int32 which is set when pages of it are not the file's any more."""
+    """A reading that has begun.
 
-    descriptor: int
-    address: int
-    spoilt: int
+    Attributes:
+        where: for the compiled loops: a descriptor, and where it is to be read through a mapping of it the addresses,
+            else 0, of that and of the int32 which is set when pages of it are not the file's any more.
+        opened: what holds both open.
+        start, stop, count, way, ahead, since: the bytes, and how and since when they are read.
+    """
+
+    where: tuple[int, int, int]
+    opened: _Opened
+    start: int
+    stop: int
+    count: int
+    way: str
+    ahead: bool
+    since: float
 
 
 @dataclass(frozen=True)
@@ -265,7 +286,7 @@ class _Opened:
     """A descriptor, and a mapping made when it is asked for; closed when nobody holds it any more."""
 
     def __init__(self, path: str):
-        self._mapped: dict[str, np.ndarray] = {}
+        self._mapped: dict[str, tuple[np.ndarray, tuple[int, int]]] = {}
         self._spoilt = np.zeros(1, np.int32)
         self._let_go = getattr(compiled(), "stop_ahead", None)
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -280,8 +301,8 @@ class _Opened:
         if not self._mapped:
             mapped = np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
             # Two threads may come here at once: both get the mapping of the one that is first.
-            self._mapped.setdefault("whole", mapped)
-        return self._mapped["whole"].ctypes.data, self._spoilt.ctypes.data
+            self._mapped.setdefault("whole", (mapped, (mapped.ctypes.data, self._spoilt.ctypes.data)))
+        return self._mapped["whole"][1]
 
     def __del__(self, close=os.close):  # at the end of the interpreter there may be no `os` any more
         if hasattr(self, "descriptor"):

@@ -96,8 +96,8 @@ class Pixels:
         if self._as_stored:
             return as_stored(array, starts, count).view(len(starts), *shape)
         if self._scaled:
-            x = shaded(array, starts, count, self._shades)
-        elif self._integers:
+            return self._ordered(shaded(array, starts, shape, self._shades))
+        if self._integers:
             x = integers(array, starts, count)
         else:
             x = as_stored(array, starts, count)
@@ -126,7 +126,7 @@ class Pixels:
 
     def table(self, device: torch.device) -> torch.Tensor:
         """(C, 256) what uint8 pixels become, on a device."""
-        return torch.from_numpy(self._shades.table).view(self._shades.dtype).to(device)
+        return self._shades.table.to(device)
 
     def decode(self, raw: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """(B, …) uint8 rows as stored, where the table is, to the bits that :meth:`runs` makes of them on the CPU."""
@@ -152,11 +152,8 @@ class Pixels:
         mean, std = (np.broadcast_to(1.0 * n if v is None else v, channels) for v, n in ((self.mean, 0), (self.std, 1)))
         mean, std = (np.ascontiguousarray(v, np.float32) for v in (mean, std))
         table = np.arange(256, dtype=np.float32) / np.float32(255)
-        table = np.ascontiguousarray((table - mean[:, None]) / std[:, None])
-        dtype = DTYPES[self._delivered]
-        if dtype is torch.bfloat16:
-            table = torch.from_numpy(table).bfloat16().view(torch.int16).numpy()
-        return Shades(table, dtype, run, mean, std)
+        table = torch.from_numpy((table - mean[:, None]) / std[:, None]).to(DTYPES[self._delivered]).contiguous()
+        return Shades(table, run, torch.from_numpy(mean), torch.from_numpy(std))
 
     def _broadcast(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return values.astype(dtype).reshape(-1, *self._trailing)

@@ -25,7 +25,10 @@ __all__ = ["Reading", "adopting", "reading_of_new_files"]
 
 WAYS = ("auto", "map", "read")
 TRIAL_BYTES = 1 << 18  # readings below are ruled by other costs than those that are compared
-TRIALS = 16  # of each way; the fastest counts, since a disk or a neighbour can only slow one down
+TRIALS = 16  # of each way
+# The fourth fastest of them counts: a disk or a neighbour slows many down, and one in sixteen is fast by chance. By the
+# fastest a mapping was taken every third time that took 1.2 times as long on the median (Zen 3).
+RANK = 3
 WORTH = 1.1  # times faster that mapping has to be: less is chance
 
 POPULATE_READ = 22  # of madvise, since Linux 5.14 (csrc/io/file.cpp); Python's mmap does not name it
@@ -75,7 +78,7 @@ class Reading:
             self._choose()
 
     def _choose(self) -> None:
-        read, mapped = (min(self._seconds[way]) for way in ("read", "map"))
+        read, mapped = (sorted(self._seconds[way])[RANK] for way in ("read", "map"))
         self._reason = f"read {1e-9 / read:.1f} GB/s, map {1e-9 / mapped:.1f} GB/s over {TRIALS} readings of each"
         self._way = "map" if read > WORTH * mapped else "read"
 
