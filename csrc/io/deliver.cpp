@@ -26,9 +26,8 @@ constexpr int64_t READ_PIECE = int64_t{1} << 17, MAP_PIECE = int64_t{1} << 21;
 constexpr int64_t WORTH_WAKING = 2 * READ_PIECE;
 // Between two rows; what is less is read along with them, which costs less than another call.
 constexpr int64_t MOST_GAP = 4096;
-// Copying out of the page cache, AMD's processors of families 25 and before take five times as long (Zen 3: 2.6 GB/s
-// instead of 13) where memory lies 1 to 31 bytes further in its page than what is copied: the room of a piece begins as
-// far behind a cache line as the piece does.
+// A Zen 3 copies out of the page cache at a fifth of its speed (2.6 GB/s instead of 13) where memory lies 1 to 31 bytes
+// further in its page than the bytes of the file do: the room of a piece lies as far behind a cache line as the piece.
 constexpr int64_t LINE = 64;
 constexpr int64_t STORED_BYTES[] = {1, 1, 2, 2, 4, 4, 8};
 
