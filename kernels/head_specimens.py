@@ -45,8 +45,10 @@ def specimens(architecture: int) -> list[Specimen]:
     targets = [
         _target_specimen("targets", dict.fromkeys(("dx", "U", "db", "bias"), True)),
         _target_specimen("targets, dense alone", {"dW": True}),
+        _target_specimen("float32 targets", dict.fromkeys(("dx", "U", "db", "bias"), True), "fp32"),
     ]
-    return [*walks, *targets, _inner_specimen(), *_finish_specimens()]
+    inner = [_inner_specimen("inner side", "bf16"), _inner_specimen("float32 inner side", "fp32")]
+    return [*walks, *targets, *inner, *_finish_specimens()]
 
 
 _LONG = ("X", "DX", "W", "X1", "DW")
@@ -93,19 +95,20 @@ def _specimen(name, kernel, types, numbers, constants, num_warps=4, num_stages=3
     return Specimen(name, kernel, given | numbers, absent | constants, num_warps, num_stages, **more)
 
 
-def _target_specimen(name, given) -> Specimen:
+def _target_specimen(name, given, kind="bf16") -> Specimen:
     numbers = {**_STRIDES, **_SIZES, "rank": "i32", "cap": "fp32", "ignore_index": "i32"}
-    constants = {"SOFTCAP": True, "HALVES": 2, "BLOCK": TARGET_BLOCK}
-    types = _types(given, "bf16", False)
+    constants = {"SOFTCAP": True, "HALVES": 1 if kind == "fp32" else 2, "BLOCK": TARGET_BLOCK}
+    types = _types(given, kind, None if kind == "fp32" else False)
     return _specimen(name, target_kernel, types, numbers, constants, options=target_options())
 
 
-def _inner_specimen() -> Specimen:
-    types = {"X": "*bf16", "DX": "*bf16", "R": "*fp32", "INNER": "*bf16"}
+def _inner_specimen(name, kind) -> Specimen:
+    types = {"X": f"*{kind}", "DX": f"*{kind}", "R": "*fp32", "INNER": f"*{kind}"}
     numbers = {"x_stride": "i32", "dx_stride": "i32", "N": "i32", "D": "i32", "Q": "i32", "rank": "i32"}
-    constants = {"HALVES": 2, "ROWS": INNER.rows, "DEPTH": INNER.depth, "RANK": INNER.columns}
+    halves = 1 if kind == "fp32" else 2
+    constants = {"HALVES": halves, "ROWS": INNER.rows, "DEPTH": INNER.depth, "RANK": INNER.columns}
     sizes = (INNER.num_warps, INNER.num_stages)
-    return _specimen("inner side", inner_kernel, types, numbers, constants, *sizes, instructions=("LDGSTS",))
+    return _specimen(name, inner_kernel, types, numbers, constants, *sizes, instructions=("LDGSTS",))
 
 
 def _finish_specimens() -> list[Specimen]:

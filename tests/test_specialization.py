@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, none is compiled"),
 ]
 
-BF16 = torch.bfloat16
+DTYPE = torch.bfloat16  # of all stacks
 SIZES = (1, 2, 15, 16, 48, 77)
 
 
@@ -75,7 +75,7 @@ def recorded(monkeypatch):
 
 
 def stack(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=BF16)
+    return torch.zeros(shape, dtype=DTYPE)
 
 
 def launch_head(N: int, D: int, V: int, Q: int, r: int) -> None:
@@ -94,7 +94,7 @@ def launch_linear(N: int, D: int, E: int, Q: int, r: int) -> None:
     linear_delta(stack(1 + Q, N, D), stack(E, D), None, None, factors, stack(Q, E), stack(1 + Q, N, E))
 
 
-def launch_attention(T: int, TK: int, H: int, Q: int, E: int = 64, EV: int = 64) -> None:
+def launch_attention(T: int, TK: int, H: int, Q: int, E: int = 64, EV: int = 64, **options) -> None:
     from finf_fast.kernels.attention_delta import attention_delta
 
     q, k, v, out = (
@@ -103,7 +103,20 @@ def launch_attention(T: int, TK: int, H: int, Q: int, E: int = 64, EV: int = 64)
         stack(1 + Q, 2, H, TK, EV),
         stack(1 + Q, 2, H, T, EV),
     )
-    attention_delta(q, k, v, out, causal=True, scale=1.0, mask=None, cap=None, cu_seqlens=None)
+    plain = {"causal": True, "scale": 1.0, "mask": None, "cap": None, "cu_seqlens": None}
+    attention_delta(q, k, v, out, **(plain | options))
+
+
+def launch_plain_attention(E: int) -> None:
+    launch_attention(9, 9, 2, 2, E, E)
+
+
+def launch_busy_attention(E: int) -> None:
+    """A mask that is added before texts behind each other, and a bool one."""
+    added, seen, texts = torch.zeros(2, 2, 9, 9), torch.ones(2, 2, 9, 9, dtype=torch.bool), torch.tensor([0, 4, 9])
+    launch_attention(9, 9, 2, 2, E, E, mask=added, cap=3.0, cu_seqlens=texts)
+    launch_attention(9, 9, 2, 2, E, E, mask=added, cap=3.0)
+    launch_attention(9, 9, 2, 2, E, E, mask=seen, cap=3.0)
 
 
 def launch_norm(N: int, Q: int, D: int = 64, residual: bool = False) -> None:
@@ -202,7 +215,7 @@ COMPILED = {
     "linear_delta": ("linear_delta", lambda: [launch_linear(9, 64, E, 2, 16) for E in (32, 33)]),
     "attention_delta": (
         "attention_specimens",
-        lambda: [launch_attention(9, 9, 2, 2, E, E) for E in (64, 128, 256, 512)],
+        lambda: [launch(E) for E in (64, 128, 256, 512) for launch in (launch_plain_attention, launch_busy_attention)],
     ),
     "normalize": ("normalize", lambda: [launch_norm(9, 2, D, True) for D in (1, 20, 64, 2001, 2049, 8192, 8208)]),
     "activation_delta": ("activation_delta", lambda: launch_activation(2)),
@@ -210,14 +223,22 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("architecture", (80, 89, 90, 100))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("file", COMPILED)
-def test_what_is_launched_is_what_a_specimen_compiles(recorded, monkeypatch, file, architecture):
+def test_what_is_launched_is_what_a_specimen_compiles(recorded, monkeypatch, file, dtype, architecture):
     """The same tiles, warps, stages and registers, without which a specimen would tell nothing about a launch."""
     place, launch = COMPILED[file]
+    specimens = importlib.import_module(f"finf_fast.kernels.{place}").specimens(architecture)
+    short = {one.name: "bf16" in str(one.signature) for one in specimens}
+    both = {one.kernel for one in specimens if short[one.name]} & {
+        one.kernel for one in specimens if not short[one.name]
+    }
     known = [
         _told(one.kernel, {**one.constexprs, "num_warps": one.num_warps, "num_stages": one.num_stages, **one.options})
-        for one in importlib.import_module(f"finf_fast.kernels.{place}").specimens(architecture)
+        for one in specimens
+        if one.kernel not in both or short[one.name] == (dtype == torch.bfloat16)
     ]
+    monkeypatch.setattr(sys.modules[__name__], "DTYPE", dtype)
     kernels, module = recorded(file), importlib.import_module(f"finf_fast.kernels.{file}")
     monkeypatch.setattr(module, "architecture", lambda device: architecture)
     launch()
