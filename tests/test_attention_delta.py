@@ -217,6 +217,14 @@ def test_masks_from_tile_to_tile(dtype, name, size):
     held(stacks(size, dtype, T=90, Tk=200), dtype, size, mask=mask, slack=4 if name == "rising" else 1)
 
 
+def test_rows_to_which_a_mask_gives_the_lowest_number_alone(dtype):
+    """They look at all keys alike, as in torch: what hides a key is another that is seen, and there is none."""
+    mask = torch.zeros(90, 200)
+    mask[3] = mask[70] = torch.finfo(torch.float32).min
+    mask[5:40, :128] = torch.finfo(torch.float32).min
+    held(stacks(0.1, dtype, Q=(0, 0, 2), T=90, Tk=200), dtype, mask=mask)
+
+
 # Texts of no length; inside a block of rows, as long as one, across blocks; beginning and ending at edges and off them.
 TEXTS = (
     [0, 9],
@@ -264,15 +272,15 @@ def test_a_text_is_as_it_is_alone(dtype):
     torch.testing.assert_close(out, alone, **near)
 
 
-@pytest.mark.parametrize("hides", ["bool", "added", "texts"])
+@pytest.mark.parametrize("hides", ["bool", "added", "lowest", "texts"])
 def test_keys_that_nobody_sees_are_passed_by(dtype, hides):
     """A whole tile of them is not even read: what is there, NaN, would spread by 0 NaN."""
     compiled_only()
     q, k, v = stacks(0.1, dtype, T=256, Tk=256)
     k[:, :, :, 64:192], v[:, :, :, 64:192] = math.nan, math.nan
     mask, edges = (torch.arange(256) < 64) | (torch.arange(256) >= 192), None
-    if hides == "added":
-        mask = torch.zeros(256).masked_fill(~mask, -torch.inf)
+    if hides in ("added", "lowest"):
+        mask = torch.zeros(256).masked_fill(~mask, -torch.inf if hides == "added" else -3.4028234663852886e38)
     if hides == "texts":
         mask, edges = None, torch.tensor([0, 64, 192, 256])
     out = attention_delta(q, k, v, mask=mask, cu_seqlens=edges)

@@ -15,6 +15,8 @@ constexpr int64_t KEYS = 64;
 constexpr int64_t AHEAD = 8;
 // A score this far below the largest so far is one that a mask has pushed there, by the lowest float32 as a rule.
 constexpr float HIDDEN = -1e30f;
+// What a mask adds to a score to push it that far down, whatever the score.
+constexpr float UNSEEN = -1e38f;
 constexpr float INF = __builtin_huge_valf();
 alignas(64) constexpr float LANES_FROM_0[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -171,24 +173,32 @@ class Scores {
         }
         return low;
     }
-    // What the mask shows of the tile.
+    // What the mask shows of the tile. The lowest float32 hides a key from rows that have seen another.
     Sight sight() const {
         if (!op_.mask.first) return Sight::all;
-        return op_.mask.boolean
-                   ? sight_through(static_cast<const uint8_t*>(op_.mask.first), [](uint8_t x) { return x != 0; })
-                   : sight_through(static_cast<const float*>(op_.mask.first), [](float x) { return x != -INF; });
+        if (op_.mask.boolean) return sight_through<uint8_t>([](uint8_t x) { return x != 0; });
+        const Sight found = sight_through<float>([](float x) { return !(x <= UNSEEN); });
+        if (found != Sight::none || all_have_seen()) return found;
+        return sight_through<float>([](float x) { return x != -INF; });
+    }
+    bool all_have_seen() const {
+        bool all = true;
+        for (int64_t r = 0; r < rows_; ++r) all &= room_.m[r] > HIDDEN;
+        return all;
     }
     template <class X, class Shows>
-    Sight sight_through(const X* mask, Shows shows) const {
-        const int64_t rows = op_.mask.stride_t ? rows_ : 1, keys = op_.mask.stride_k ? count_ : 1;
-        bool any = false, all = op_.mask.boolean;  // numbers have to be added
-        for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t key = 0; key < keys; ++key) {
-                const bool shown = shows(mask[mask_place(r, key)]);
-                any |= shown;
-                all &= shown;
+    Sight sight_through(Shows shows) const {
+        const AttentionMask& mask = op_.mask;
+        const X* row = static_cast<const X*>(mask.first) + mask_place(0, 0);
+        const int64_t rows = mask.stride_t ? rows_ : 1, keys = mask.stride_k ? count_ : 1;
+        bool any = false, all = mask.boolean;  // numbers have to be added
+        for (int64_t r = 0; r < rows && (all || !any); ++r, row += mask.stride_t) {
+            if (mask.stride_k == 1) {  // in vectors
+                for (int64_t key = 0; key < keys; ++key) any |= shows(row[key]), all &= shows(row[key]);
+            } else {
+                for (int64_t key = 0; key < keys; ++key)
+                    any |= shows(row[key * mask.stride_k]), all &= shows(row[key * mask.stride_k]);
             }
-            if (any && !all) return Sight::some;
         }
         return all ? Sight::all : any ? Sight::some : Sight::none;
     }
