@@ -81,8 +81,9 @@ def value_kernel(
     leader = tl.zeros((BLOCK_M,), tl.int32)
     sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
     begin, end = keys_seen(FIRST, END, first, T, TK, BLOCK_M, CAUSAL)
-    K += begin * k_t
-    V += begin * v_t
+    skipped = tl.cast(begin, tl.int64)
+    K += skipped * k_t
+    V += skipped * v_t
     for start in range(begin, end, BLOCK_N):
         k = load_rows(K, k_t, TK - start, E, BLOCK_N, WIDTH)
         v = load_rows(V, v_t, TK - start, EV, BLOCK_N, WIDTH_V)
@@ -132,10 +133,11 @@ def change_kernel(
         shift = leader_change(Q, DQ, K, DK, q_t, k_t, leader, rows, E, scale, cap, Q_MOVES, K_MOVES, BLOCK_M)
     N = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
     begin, end = keys_seen(FIRST, END, first, T, TK, BLOCK_M, CAUSAL)
-    K += begin * k_t
-    DK += begin * k_t
-    V += begin * v_t
-    DV += begin * v_t
+    skipped = tl.cast(begin, tl.int64)
+    K += skipped * k_t
+    DK += skipped * k_t
+    V += skipped * v_t
+    DV += skipped * v_t
     for start in range(begin, end, BLOCK_N):
         count = TK - start
         if LONG:
@@ -215,10 +217,11 @@ def large_change_kernel(
         total = tl.zeros((BLOCK_M,), tl.float32)
         sums = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
         begin, end = keys_seen(FIRST, END, first, T, TK, BLOCK_M, CAUSAL)
-        K += begin * k_t
-        DK += begin * k_t
-        V += begin * v_t
-        DV += begin * v_t
+        skipped = tl.cast(begin, tl.int64)
+        K += skipped * k_t
+        DK += skipped * k_t
+        V += skipped * v_t
+        DV += skipped * v_t
         for start in range(begin, end, BLOCK_N):
             count = TK - start
             v0 = load_rows(V, v_t, count, EV, BLOCK_N, WIDTH_V)

@@ -272,6 +272,15 @@ def test_a_text_is_as_it_is_alone(dtype):
     torch.testing.assert_close(out, alone, **near)
 
 
+def test_a_text_far_from_the_first(dtype, tmp_path):
+    """2^31 numbers behind it, of a file that is nearly all holes."""
+    q, k, v = stacks(0.1, dtype, Q=(2, 0, 2), B=1, H=1, Hk=1, T=130, Tk=130)
+    step = 2**24
+    memory = torch.from_file(str(tmp_path / "k"), shared=True, size=129 * step + 16, dtype=dtype)
+    far = memory.as_strided(k.shape, (0, 0, 0, step, 1)).copy_(k)
+    held([q, far, v], dtype, cu_seqlens=torch.tensor([0, 128, 130]))
+
+
 @pytest.mark.parametrize("hides", ["bool", "added", "lowest", "texts"])
 def test_keys_that_nobody_sees_are_passed_by(dtype, hides):
     """A whole tile of them is not even read: what is there, NaN, would spread by 0 NaN."""
@@ -329,6 +338,18 @@ def test_one_key_takes_all(dtype, gain, key, before):
     out = attention_delta(q, k, v, **options)
     assert out.isfinite().all()
     held([q, k, v], dtype, slack=20, **options)
+
+
+@pytest.mark.parametrize("gain", [25, 45, 55])
+@pytest.mark.parametrize("last", [0, 90])
+def test_gains_on_leaders_multiply(dtype, gain, last):
+    """A key gains on the leader of its tile, which gains as much on the next one's: together more than a sum holds."""
+    q, k, v = stacks(1e-2, dtype, Q=(0, 2, 2), T=70, Tk=200, base=0.1)
+    q[0, ..., 0], k[..., 0] = 4, 0
+    k[0, :, :, 0, 0], k[0, :, :, 100, 0], k[0, :, :, 190, 0] = 2, 4, last  # the scale is 1/4
+    k[1, :, :, 1, 0], k[1, :, :, 100, 0] = gain, -gain
+    assert attention_delta(q, k, v).isfinite().all()
+    held([q, k, v], dtype, slack=20)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -456,6 +477,8 @@ def test_errors():
             attention_delta(q, k, v, cu_seqlens=torch.tensor(edges))
     with pytest.raises(ValueError, match=r"cu_seqlens: wanted no number below the one before, got \[5, 4\]"):
         attention_delta(q, k, v, cu_seqlens=torch.tensor([0, 5, 4, 9]))
+    with pytest.raises(ValueError, match=r"cu_seqlens: wanted no number below the one before, got \[2147483647, -2\]"):
+        attention_delta(q, k, v, cu_seqlens=torch.tensor([0, 2**31 - 1, -2, 9], dtype=torch.int32))
     with pytest.raises(ValueError, match="cu_seqlens: .* got none"):
         attention_delta(q, k, v, cu_seqlens=torch.empty(0, dtype=torch.int64))
 

@@ -22,6 +22,8 @@ namespace attention {
 // Past this gain the second walk is taken. A key whose p is zero in float32, below e^-87, counts for less than e^-27
 // after it, and e^64 p stays far inside the range.
 constexpr float LARGEST_GAIN = 60.0f, CAPPED_GAIN = 64.0f;
+// So is it past this D1, e^60: what a key has gained on one leader, and that one on the next, are factors of it.
+constexpr float LARGEST_SUM = 1e26f;
 // A key this far behind the leading one after the change counts for nothing, however much it has gained.
 constexpr float OUT_OF_SIGHT = -40.0f;
 // Where so little of D0 is left, N - y D is a small difference of large sums.
@@ -234,7 +236,9 @@ class Block : Scores<T> {
             }
             for (int64_t at = end; at < count_ * ld_; at += ld_) store(room_.w + at, Vec(0.0f));
             store(room_.d + i, load(room_.d + i) + d);
-            store(room_.d1 + i, load(room_.d1 + i) + load(room_.fresh1 + lane));
+            const Vec d1 = load(room_.d1 + i) + load(room_.fresh1 + lane);
+            store(room_.d1 + i, d1);
+            store(room_.large + i, select_less(Vec(LARGEST_SUM), d1, Vec(1.0f), load(room_.large + i)));
         });
     }
 
