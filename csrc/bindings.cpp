@@ -289,8 +289,8 @@ Trouble deliver_pixels(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_
     return {done.error, done.byte};
 }
 
-bool leads_to(const std::string& path, uint64_t device, uint64_t inode, int64_t size, int64_t changed_ns,
-              int64_t touched_ns, bool numbered) {
+bool leads_to(const std::string& path, uint64_t device, uint64_t inode, int64_t size, uint64_t changed_ns,
+              uint64_t touched_ns, bool numbered) {
     return finf::leads_to(path.c_str(), {device, inode, size, changed_ns, touched_ns}, numbered);
 }
 

@@ -167,6 +167,8 @@ def test_without_the_compiled_module_the_bits_are_the_same(tmp_path, monkeypatch
     compiled = list(batches())
     monkeypatch.setattr(delivery, "_loops", lambda array: None)
     assert all(torch.equal(a, b) for a, b in zip(compiled, batches(), strict=True))
+    array = array_in(tmp_path / "p.bin", values_of("u1", 60), "read")
+    assert Pixels((5, 3, 2, 2), array.dtype).runs(array, range(0), (3, 2, 2)).shape == (0, 3, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,32 @@ def test_auto_takes_the_way_that_is_faster_by_enough():
         assert f"read 0.3 GB/s, map {0.262144 / mapped:.1f} GB/s" in words["io_reason"]
 
 
+@pytest.mark.parametrize("fast", ["read", "map"])
+def test_a_few_fast_readings_are_chance(fast):
+    reading, seen = Reading(), {"read": 0, "map": 0}
+    while reading.describe()["io"] == "auto":
+        way = reading.way(TRIAL_BYTES)
+        seen[way] += 1
+        usual = 2e-3 if way == fast else 1e-3
+        reading.note(way, TRIAL_BYTES, 1e-6 if way == fast and seen[way] <= 3 else usual)
+    assert reading.describe()["io"] != fast
+
+
+def test_what_is_brought_in_ahead_is_no_trial(tmp_path, monkeypatch):
+    """It comes from a disk; memory is no faster by the other way for that."""
+    corpus = open_corpus(write(tmp_path / "x.bin", bytes(4 << 20)), window=1024)
+    monkeypatch.setattr(MappedFile, "_run_ahead", lambda *where: True)
+    for _ in range(TRIALS):
+        corpus.read(0, 1024)
+    monkeypatch.undo()
+    ways = []
+    note = Reading.note
+    monkeypatch.setattr(Reading, "note", lambda self, way, *rest: ways.append(way) or note(self, way, *rest))
+    for _ in range(4):
+        corpus.read(0, 1024)
+    assert ways == ["read", "map", "read", "map"]
+
+
 def test_what_the_disk_still_has_to_bring_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
     reading = Reading()
     while reading.describe()["io"] == "auto":
@@ -285,8 +313,8 @@ def test_a_network_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
     corpus = open_corpus(path, window=10)
     assert corpus.describe()["io"] == "read" and "network" in corpus.describe()["io_reason"]
     assert open_corpus(path, window=10, io="map").describe()["io"] == "map"
-    identity = files._identity
-    monkeypatch.setattr(files, "_identity", lambda status: (1, 2, *identity(status)[2:]))
+    file = corpus._tokens.file
+    file._known = (1, 2, *file._known[0][2:]), file._known[1]
     assert corpus.read(0, 3).shape == (3, 10)  # there the number of a file is no proof of another one
     monkeypatch.undo()
     os.replace(write(tmp_path / "y", bytes(1000)), path)
@@ -295,6 +323,34 @@ def test_a_network_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
         os.chmod(path, mode)
         with pytest.raises(DamagedFile, match="x.bin: changed"):
             corpus.read(0, 3)
+
+
+def test_a_name_leads_to_the_same_file_or_not(tmp_path):
+    path = write(tmp_path / "x.bin", bytes(1000))
+    known = files._identity(os.stat(path))
+
+    def leads_to(*known, numbered=True):
+        return _C.leads_to(os.fsencode(path), *known, numbered)
+
+    assert leads_to(*known) and leads_to(*known, numbered=False)
+    for i in range(len(known)):
+        other = [number + (i == j) for j, number in enumerate(known)]
+        assert not leads_to(*other)
+        assert leads_to(*other, numbered=False) == (i < 2)  # device and inode
+    path.unlink()
+    assert not leads_to(*known)
+
+
+@pytest.mark.parametrize("when", [-1, -(2**62), 2**63, 2**64 + 1])
+def test_times_that_64_bits_do_not_hold(tmp_path, when):
+    """A file system that does not either takes the nearest it does."""
+    path = write(tmp_path / "x.bin", bytes(1000))
+    os.utime(path, ns=(when, when))
+    file = MappedFile(path)
+    assert file.head(3) == bytes(3)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(DamagedFile, match="x.bin: was written to"):
+        file.head(3)
 
 
 def test_this_machine_is_no_network(tmp_path):

@@ -75,7 +75,9 @@ bool leads_to(const char* path, const Identity& known, bool numbered) {
 #if defined(__linux__)
     struct stat now;
     if (stat(path, &now) != 0) return false;
-    const auto nanoseconds = [](const timespec& at) { return int64_t{at.tv_sec} * 1000000000 + at.tv_nsec; };
+    const auto nanoseconds = [](const timespec& at) {
+        return static_cast<uint64_t>(at.tv_sec) * 1000000000 + static_cast<uint64_t>(at.tv_nsec);
+    };
     const bool same = now.st_dev == known.device && now.st_ino == known.inode;
     return (same || !numbered) && now.st_size == known.size && nanoseconds(now.st_mtim) == known.changed_ns &&
            nanoseconds(now.st_ctim) == known.touched_ns;

@@ -39,7 +39,9 @@ void let_go(const OpenFile& file, int64_t first, int64_t bytes);
 // What stays the same of a file as long as nobody touches it.
 struct Identity {
     uint64_t device, inode;
-    int64_t size, changed_ns, touched_ns;  // touched: also by a change of attributes
+    int64_t size;
+    // The last 64 bits of the times, which may lie before 1970 and after 2262; touched: also by a change of attributes.
+    uint64_t changed_ns, touched_ns;
 };
 
 // Whether that is what the name leads to now; device and inode aside where the file system numbers its files anew.

@@ -99,7 +99,7 @@ def shaded(array: MappedArray, starts: Starts, shape: tuple[int, ...], shades: S
     out = array.file.reading.slots.empty((len(starts), *shape), table.dtype)
     loops = _loops(array)
     if loops is None:
-        _one_by_one(array, starts, length, None, out.view(len(starts), -1), lambda raw: _looked_up(raw, shades))
+        _one_by_one(array, starts, length, None, out.view(len(starts), length), lambda raw: _looked_up(raw, shades))
         return out
 
     def deliver(*where: int) -> tuple[int, int]:

@@ -116,9 +116,10 @@ class MappedFile:
         Raises:
             DamagedFile: as for :meth:`view`.
         """
-        self.reading.note(source.way, source.count, time.perf_counter() - source.since)
         if source.ahead:  # a reading may be longer than what is brought in ahead of where it began
             compiled().run_ahead(source.opened.descriptor, source.stop, self.size)
+        else:  # what comes from a disk says nothing of either way
+            self.reading.note(source.way, source.count, time.perf_counter() - source.since)
         self.require_same(source.start)
 
     def require_same(self, start: int) -> None:
@@ -339,8 +340,10 @@ def _held_open(file: MappedFile) -> None:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     """What stays as long as a run's file does. The last one nobody can put back, though a change of attributes sets it
-    as well; fingerprints do without it, for a copy of a corpus, or one that was moved, is the same corpus."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    as well; fingerprints do without it, for a copy of a corpus, or one that was moved, is the same corpus. Of times the
+    last 64 bits, as the compiled module compares them: some file systems hold years before 1678 and after 2262."""
+    changed, touched = status.st_mtime_ns % 2**64, status.st_ctime_ns % 2**64
+    return status.st_dev, status.st_ino, status.st_size, changed, touched
 
 
 def _attributes(status: os.stat_result) -> tuple[int, ...]:
