@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,16 @@ def test_without_the_compiled_module_the_bits_are_the_same(tmp_path, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(compiled, batches(), strict=True))
     array = array_in(tmp_path / "p.bin", values_of("u1", 60), "read")
     assert Pixels((5, 3, 2, 2), array.dtype).runs(array, range(0), (3, 2, 2)).shape == (0, 3, 2, 2)
+
+
+@pytest.mark.parametrize("deliver", ["float32", "bfloat16"])
+def test_pixels_on_their_way_to_another_process_stay_where_they_are(deliver):
+    pixels = Pixels((5, 3, 2, 2), np.dtype("u1"), MEAN, STD, deliver=deliver)
+    table = pixels.table(torch.device("cpu"))
+    copies = [pickle.loads(ForkingPickler.dumps(pixels)), copy.deepcopy(pixels)]
+    assert not table.is_shared() and pixels.table(table.device).data_ptr() == table.data_ptr()
+    for other in copies:
+        assert torch.equal(other.table(table.device), table) and other.table(table.device).dtype == table.dtype
 
 
 @pytest.mark.parametrize(

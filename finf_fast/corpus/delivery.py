@@ -40,6 +40,15 @@ class Shades:
     mean: Tensor
     std: Tensor
 
+    def __reduce__(self):
+        # As arrays: torch moves a tensor that multiprocessing pickles to other memory, from under a thread that reads.
+        table = self.table.view(torch.uint8).numpy()
+        return _shades, (table, self.table.dtype, self.run, self.mean.numpy(), self.std.numpy())
+
+
+def _shades(table: np.ndarray, dtype: torch.dtype, run: int, mean: np.ndarray, std: np.ndarray) -> Shades:
+    return Shades(torch.from_numpy(table).view(dtype), run, torch.from_numpy(mean), torch.from_numpy(std))
+
 
 def integers(
     array: MappedArray, starts: Starts, length: int, lengths: Sequence[int] | np.ndarray | None = None, fill: int = 0
