@@ -1,6 +1,6 @@
 # make demo    sets up and finds leaked training data in real data sets
 # make test    sets up and runs the tests
-# make prove   the long proofs: every instruction set, sanitizers, Triton's kernels, packaging, interrupted runs,
+# make prove   the long proofs: the other instruction sets, sanitizers, Triton's kernels, packaging, interrupted runs,
 #              files by the formats' own writers
 # make sanitize  the tests of the operations, of damaged files and of failing disks, on an extension built with ASan and
 #              UBSan
