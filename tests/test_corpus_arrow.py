@@ -350,3 +350,45 @@ def test_what_the_library_itself_saves(tmp_path, shards):
     assert [row["input_ids"] for row in read(corpus, corpus.take([1000, 3]))] == [
         shuffled[i]["input_ids"] for i in (1000, 3)
     ]
+
+
+def packed(rows, length):
+    """Columns of rows of two texts each, told apart by where their positions begin again."""
+    draw = np.random.default_rng(0)
+    cuts = [1 + i % (length - 2) for i in range(rows)]
+    positions = [[*range(cut), *range(length - cut)] for cut in cuts]
+    return {"input_ids": draw.integers(0, 19, (rows, length)).tolist(), "position_ids": positions}
+
+
+def test_what_a_language_model_takes_is_delivered_without_being_asked_for(tmp_path):
+    columns = packed(6, 5) | {"token_type_ids": [[0, 0, 1, 1, 1]] * 6, "label": list(range(6))}
+    batch = open_corpus(saved(tmp_path / "set", columns)).read(0, 6)
+    assert set(batch) == {"input_ids", "position_ids", "token_type_ids"}  # a mask of ones would join packed texts
+    assert all(batch[key].tolist() == columns[key] for key in batch)
+    assert set(open_corpus(tmp_path / "set")[2]) == set(batch)
+
+
+def test_packed_rows_are_scored_as_their_texts_are(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=19, pad_token_id=0, **small)).eval()
+    columns = packed(6, 12)
+    ids, positions = (torch.tensor(columns[key]) for key in ("input_ids", "position_ids"))
+    cuts = (positions[:, 1:] == 0).int().argmax(1) + 1
+    updates = [ff.mirror(model, ids[:1], loss="causal_lm")]
+    with torch.no_grad():
+        apart = [torch.cat([model(text[None]).logits[0] for text in row.tensor_split([cut])])
+                 for row, cut in zip(ids, cuts.tolist(), strict=True)]  # fmt: skip
+    truth = [float(torch.nn.functional.cross_entropy(z[:-1], row[1:])) for z, row in zip(apart, ids, strict=True)]
+    for engine in ("delta", "pair", "dot"):
+        scores = ff.sweep(model, updates, saved(tmp_path / engine, columns), loss="causal_lm", engine=engine)
+        assert np.abs(scores.base - truth).max() < 1e-5
+
+
+def test_packed_rows_that_would_be_padded_are_refused(tmp_path):
+    columns = {key: [row[: 3 + i % 3] for i, row in enumerate(rows)] for key, rows in packed(6, 5).items()}
+    corpus = open_corpus(saved(tmp_path / "set", columns))
+    with pytest.raises(ValueError, match=r"arrow: wanted rows of one length, .* got 3 to 5 tokens; leave position_ids"):
+        corpus.read(0, 6)
+    assert set(open_corpus(tmp_path / "set", columns=["input_ids"]).read(0, 6)) == {"input_ids", "attention_mask"}
