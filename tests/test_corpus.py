@@ -259,3 +259,13 @@ def test_an_unknown_file_is_refused_with_its_first_bytes(tmp_path):
     path.write_bytes(b"abcdefgh")
     with pytest.raises(ValueError, match=r"format: wanted 'npy', .* starts with '61 62 63 64'"):
         open_corpus(path)
+
+
+def test_arrays_in_many_files_come_as_a_list_or_a_pattern(tmp_path):
+    parts = [np.full((2, 3), k, np.float32) for k in range(3)]
+    for k, part in enumerate(parts):
+        np.save(tmp_path / f"{k}.npy", part)
+    for source in ([tmp_path / f"{k}.npy" for k in range(3)], str(tmp_path / "*.npy")):
+        assert np.array_equal(open_corpus(source).read(0, 6), np.concatenate(parts))
+    with pytest.raises(FileNotFoundError, match=r"holds none known; its arrays want a pattern: '.*\*\.npy'"):
+        open_corpus(tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from glob import escape, glob
 from typing import Any
 
 from finf_fast.corpus.arrays import ArrayCorpus
@@ -90,7 +91,8 @@ def open_corpus(
             * dataset: any map-style torch Dataset or sequence of samples, read one by one.
 
             A list of paths of one format, a pattern (``"part-*.bin"``) or a folder with files of one kind is one
-            corpus; a pattern's and a folder's files are sorted by name, as text: ``part-10`` before ``part-2``. Token
+            corpus, but two ``.npy`` or IDX files in a list are features and labels, and arrays in a folder want a
+            pattern; a pattern's and a folder's files are sorted by name, as text: ``part-10`` before ``part-2``. Token
             files without a single window add no sample, which is logged, and in the description.
             A corpus that is open already is handed back.
         format: one of these names, where the source alone does not tell.
@@ -174,7 +176,8 @@ def _files(source: Any, format: str | None, given: dict[str, Any]) -> list[str] 
     paths = paths_of(source)
     if paths is None or not isinstance(source, list) or any(map(os.path.isdir, paths)):
         return paths
-    return None if (format or recognise(source, given)) in ("npy", "idx") else paths
+    pair = len(source) == 2 and (format or recognise(source, given)) in ("npy", "idx")
+    return None if pair else paths
 
 
 def _folder(source: Any, format: str | None, given: dict[str, Any]) -> list[str] | None:
@@ -185,7 +188,9 @@ def _folder(source: Any, format: str | None, given: dict[str, Any]) -> list[str]
     found = folder_files(source, "window" in given)
     if not found:
         where = os.fspath(source)
-        raise FileNotFoundError(f"source: wanted a folder with data files, got {where!r}, which holds none known")
+        arrays = glob(os.path.join(escape(where), "*.npy"))
+        hint = f"; its arrays want a pattern: {os.path.join(where, '*.npy')!r}" if arrays else ""
+        raise FileNotFoundError(f"source: wanted a folder with data files, got {where!r}, which holds none known{hint}")
     return found
 
 
