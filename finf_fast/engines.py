@@ -148,6 +148,9 @@ def _choose(
 
     def pair(reason: str) -> Chosen:
         wanted = dtype if dtype is not None else torch.float64 if own is torch.float64 else torch.float32
+        if engine == "auto" and wanted is torch.bfloat16:  # pairs would only say that they do not take it
+            hint = "wanted torch.float32 or torch.float64, or None"
+            raise ValueError(f"dtype: torch.bfloat16 is for changes that are carried, and here {reason}; {hint}")
         runner = PairEngine(model, updates, loss, device, wanted, keep=keep)
         return Chosen(runner, probe(runner.output, sample), f"{reason}, {_word(wanted)}")
 

@@ -27,7 +27,7 @@ from finf_fast.mirrors.spectrum import Spectra
 from finf_fast.planning import Probe, make_plan, probe
 from finf_fast.progress import Progress
 from finf_fast.records import BadSample, NonFiniteLoss, UnsavedFactors
-from finf_fast.skeleton import Skeleton, vocabulary
+from finf_fast.skeleton import Skeleton, place_of, vocabulary
 from finf_fast.transfer import rows, to_device
 from finf_fast.update import model_fingerprint
 
@@ -125,7 +125,7 @@ def fit_factors(
     if out is not None:
         require_writable(out, "out")
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
-    device = torch.device(device) if device is not None else next(model.parameters()).device
+    device = place_of(model, device)
     with stepping(device):
         run = _Run(model, corpus, losses.resolve(loss), settings, _positive("samples", samples), params, device)
         with Progress(run.total, "curvature", progress) as bar:

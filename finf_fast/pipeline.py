@@ -25,7 +25,7 @@ from finf_fast.ragged import width
 from finf_fast.records import Plan
 from finf_fast.scores import Scores, earlier, open_store
 from finf_fast.scoring import Scorer
-from finf_fast.skeleton import vocabulary
+from finf_fast.skeleton import place_of, vocabulary
 from finf_fast.staging import PADDED, ROOM, stage
 from finf_fast.steps import updates_for
 from finf_fast.transfer import crossing_to, decodes, rows, to_device
@@ -58,7 +58,8 @@ def sweep(
     Influence Hypothesis", CVPR 2024, arXiv 2402.08922. Samples are scored in eval mode; the model is not modified.
 
     Args:
-        model: any ``torch.nn.Module``.
+        model: any ``torch.nn.Module``. One of Hugging Face runs with ``use_cache=False``, as in training: rows of
+            several texts, told by ``position_ids`` that restart and no ``attention_mask``, are kept apart.
         updates: Q updates, from :func:`finf_fast.mirror` or :meth:`Update.between`.
         corpus: what :func:`finf_fast.open_corpus` gives or takes: S samples.
         loss: a name, a :class:`finf_fast.loss.Loss`, or ``(model, batch) -> (B,) losses``.
@@ -94,10 +95,12 @@ def sweep(
     loss = _per_token(losses.resolve(loss), per_token)
     per_token = loss.per_token
     start, stop = _slice(len(corpus), shard)
-    device = _place(model, device)
+    _require_dtype(dtype)
+    device = place_of(model, device)
     sample = to_device(_longest(corpus, start, stop), device)
     settings = {"device": device, "dtype": dtype, "engine": engine, "keep": free_bytes(device) // 4}
-    chosen = choose_engine(model, updates, loss, sample=sample, settled=_settled(out), **settings)
+    with torch.autocast(device.type, enabled=False):
+        chosen = choose_engine(model, updates, loss, sample=sample, settled=_settled(out), **settings)
     runner, found = chosen.engine, chosen.found
     found = _with_room(found, corpus, start, stop, width(sample, loss)) if per_token else found
     store = open_store(
@@ -114,6 +117,7 @@ def sweep(
         resume=resume,
     )
     with (
+        torch.autocast(device.type, enabled=False),  # around the call it would round what the plan calls float32
         store,
         identity.threads(store.plan.threads),
         Progress(store.plan.samples, "sweep", progress) as bar,
@@ -281,9 +285,8 @@ def _slice(samples: int, shard: tuple[int, int] | None) -> tuple[int, int]:
     return start, stop
 
 
-def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    """Device of the forwards: the model's own unless asked for."""
-    place = torch.device(device if device is not None else next(model.parameters()).device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: wanted one this torch can reach, got {place} without CUDA")
-    return place
+def _require_dtype(dtype: Any) -> None:
+    """Said before an engine is tried, for the next one would hide it."""
+    if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        wanted = "torch.bfloat16, torch.float32, torch.float64 or None"
+        raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(f"dtype: wanted {wanted}, got {dtype!r}")

@@ -85,6 +85,18 @@ class Skeleton:
         return {name: self.slots[name].tensor for name in names}
 
 
+def place_of(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Device of the forwards: the model's own unless asked for.
+
+    Raises:
+        ValueError: CUDA that this torch cannot reach.
+    """
+    place = torch.device(device if device is not None else next(model.parameters()).device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: wanted one this torch can reach, got {place} without CUDA")
+    return place
+
+
 class WritesWeights(RuntimeError):
     """A model is about to write into the weights that its user gave it."""
 

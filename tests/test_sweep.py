@@ -43,7 +43,7 @@ def test_an_mlp(engine, dtype, bound, direction):
     model, data = mlp()
     updates = ups(model, data, direction=direction)
     scores = ff.sweep(model, updates, data, dtype=dtype, engine=engine, batch_size=16)
-    check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [data]), bound)
+    check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [(data[0].double(), data[1])]), bound)
     assert scores.base.dtype == np.dtype(str(dtype).removeprefix("torch."))
     sign = 1 if direction == "ascent" else -1
     assert np.array_equal(scores.influence, sign * scores.delta)
@@ -58,7 +58,7 @@ def test_a_batch_norm_net_stepped_in_either_mode(engine, dtype, bound, mode):
     updates = ups(model, data, mode=mode)
     assert bool(updates[0].buffers) == (mode == "train")
     scores = ff.sweep(model, updates, data, dtype=dtype, engine=engine, batch_size=16)
-    check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [data]), bound)
+    check(scores, *plain_scores(model, updates, resolve("cross_entropy"), [(data[0].double(), data[1])]), bound)
 
 
 @ENGINES
@@ -455,7 +455,7 @@ def test_update_between_two_models():
     after.train()(torch.randn(8, 3, 6, 6).double())
     update = ff.Update.between(before, after)
     scores = ff.sweep(before, [update], data)
-    check(scores, *plain_scores(before, [update], resolve("cross_entropy"), [data]), 1e-12)
+    check(scores, *plain_scores(before, [update], resolve("cross_entropy"), [(data[0].double(), data[1])]), 1e-12)
     loss = resolve("cross_entropy").per_sample(after.eval(), data).detach().numpy()
     np.testing.assert_allclose(scores.base + scores.delta[0], loss, atol=1e-12)
     with pytest.raises(ValueError, match="wanted shape"):
@@ -471,3 +471,71 @@ def test_update_between_tied_half_precision_checkpoints():
     update = ff.Update.between(half, other)
     assert "head.weight" not in update.params and update.params["embed.weight"].dtype == torch.float32
     assert torch.equal(half.embed.weight.float() + update.params["embed.weight"], other["embed.weight"].float())
+
+
+def test_a_float64_sweep_of_a_float32_net_folds_its_norms_in_float64():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 5)).eval()
+    data = torch.randn(10, 3, 6, 6), torch.randint(0, 5, (10,))
+    updates = ups(model, data, rank=None)
+    base, delta = plain_scores(model, updates, resolve("cross_entropy"), [(data[0].double(), data[1])])
+    scores = ff.sweep(model, updates, data, dtype=torch.float64, engine="delta")
+    assert scores.record["folded_batch_norms"] == 1
+    check(scores, base, delta, 1e-12)
+
+
+@pytest.mark.parametrize("engine", ["auto", "delta", "pair", "dot"])
+@pytest.mark.parametrize("dtype, error", [(torch.float16, ValueError), ("bfloat16", TypeError)])
+def test_a_type_that_no_engine_has_is_refused(engine, dtype, error):
+    model, data = mlp()
+    wanted = "dtype: wanted torch.bfloat16, torch.float32, torch.float64 or None, got"
+    with pytest.raises(error, match=wanted):
+        ff.sweep(model, ups(model, data), data, dtype=dtype, engine=engine)
+
+
+class Reads(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * float(self.weight.detach().numpy().sum())
+
+
+def test_bfloat16_of_what_cannot_be_carried_is_refused_with_the_reason():
+    model, (x, y) = Reads(4, 3), (torch.randn(6, 4), torch.randint(0, 3, (6,)))
+    with pytest.raises(ValueError, match=r"dtype: torch.bfloat16 is for .* carried, and here cannot be carried \(.*\)"):
+        ff.sweep(model, ups(model, (x, y)), (x, y), dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_device_that_is_not_there_is_refused_by_name():
+    model, data = mlp()
+    wanted = "device: wanted one this torch can reach, got cuda without CUDA"
+    for call in (ff.forward_inf, ff.fit_factors):
+        with pytest.raises(ValueError, match=wanted):
+            call(model, data, *([data] if call is ff.forward_inf else []), device="cuda")
+    with pytest.raises(ValueError, match=wanted):
+        ff.mirror(model, data, device="cuda")
+
+
+@pytest.mark.parametrize("engine", ["auto", "pair", "dot"])
+def test_samples_of_another_width_are_refused_with_both_shapes(engine):
+    model = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(6, 20), torch.randint(0, 3, (6,))
+    with pytest.raises(RuntimeError, match="10.* 20x8|20x8.*10"):
+        ff.sweep(model, ups(model, (x, y)), (x[:, :10], y), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["delta", "pair", "dot"])
+def test_autocast_around_the_call_changes_no_bit(engine):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 5))
+    data = torch.randn(6, 3, 6, 6), torch.randint(0, 5, (6,))
+    updates = ups(model, data)
+    scores = ff.sweep(model, updates, data, dtype=torch.float32, engine=engine)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = ff.sweep(model, updates, data, dtype=torch.float32, engine=engine)
+    assert np.array_equal(scores.base, again.base) and np.array_equal(scores.delta, again.delta)
+
+
+def test_token_ids_in_lists_are_refused_by_name():
+    model, data = language_model()
+    with pytest.raises(TypeError, match="causal_lm wants token ids as a tensor .* return_tensors='pt'"):
+        ff.forward_inf(model, data, {"input_ids": [[1, 2, 3], [4, 5, 6]]}, loss="causal_lm")

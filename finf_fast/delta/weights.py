@@ -42,7 +42,7 @@ def _set(
 ) -> dict[str, Any]:
     """Slot -> changed tensor, and the folded weight and bias of every pair.
 
-    Folded in float32 at least, from the model's own tensors, and rounded once.
+    Folded in the engine's type, in float32 at least, from the model's own tensors, and rounded once.
     """
     names = {name for update in updates for name in (*update.params, *update.buffers)} & body.slots.keys()
     found: dict[str, Any] = {name: _packed(name, body.slots[name].tensor, updates) for name in names}
@@ -52,7 +52,8 @@ def _set(
         for name in pair.sources:
             if name in own:
                 place = body.slots[name].tensor.device
-                wide = own[name].detach().to(place, torch.promote_types(own[name].dtype, torch.float32))
+                exact = torch.promote_types(torch.promote_types(own[name].dtype, torch.float32), dtype)
+                wide = own[name].detach().to(place, exact)
                 tensors[name] = _packed(name, wide, updates) if name in names else wide
         weight, bias = _folded(pair, tensors)
         found |= {f"{pair.layer}.weight": _rounded(weight, dtype), f"{pair.layer}.bias": _rounded(bias, dtype)}

@@ -241,6 +241,9 @@ class CausalLM(CrossEntropy):
         args, kwargs, labels = split(batch)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if labels is None:
+            if isinstance(ids, (list, tuple)):
+                wanted = f"{self.name} wants token ids as a tensor (B, L)"
+                raise TypeError(f"{wanted}, got a list: return_tensors='pt' gives one")
             if ids is None or ids.is_floating_point():
                 raise ValueError("corpus: causal_lm wants token ids (B, L), or a dict with 'input_ids' or 'labels'")
             mask = kwargs.get("attention_mask")

@@ -26,6 +26,7 @@ from finf_fast.mirrors.kfac import EKFAC, KFAC
 from finf_fast.mirrors.query import Query, read, title
 from finf_fast.mirrors.released import Released
 from finf_fast.mirrors.sgd import SGD
+from finf_fast.skeleton import place_of
 from finf_fast.update import Update
 
 __all__ = ["METHODS", "Factors", "mirror", "mirrors_of"]
@@ -148,7 +149,7 @@ class _Setup:
         self._model, self._params = model, params
         self._method = _method(method, lr, direction, steps, options)
         self._loss = losses.resolve(loss)
-        self._device = torch.device(device) if device is not None else next(model.parameters()).device
+        self._device = place_of(model, device)
         self._method.accept(self._loss, params)
         self._method = self._method.prepared(model, self._loss, self._device)
         self._mode = self._method.modes[0] if mode is None else mode

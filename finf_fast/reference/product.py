@@ -19,14 +19,18 @@ def available() -> bool:
 
 
 def fits(x: Tensor, W: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN takes this product: float32 matrices on a processor, none of them empty."""
+    """Whether oneDNN takes this product: float32 matrices on a processor, none of them empty.
+
+    What does not fit together goes to torch, whose error tells the shapes.
+    """
     return (
         available()
         and x.dtype == W.dtype == torch.float32
-        and (bias is None or bias.dtype == torch.float32)
+        and (bias is None or (bias.dtype == torch.float32 and bias.shape == W.shape[:1]))
         and x.device.type == "cpu"
         and x.dim() > 1
         and W.dim() == 2
+        and x.shape[-1] == W.shape[1]
         and x.numel() > 0
         and W.numel() > 0
     )

@@ -89,7 +89,7 @@ def check_kind(kind: str, queries: int) -> None:
     if kind in ACROSS and queries < FEW:
         raise ValueError(
             f"kind: {kind!r} compares with other queries and wants at least {FEW}, got {queries}; "
-            "forward_inf(..., background=64) asks 64 training samples beside them"
+            "forward_inf(..., background=64), or --background 64, asks 64 training samples beside them"
         )
 
 
