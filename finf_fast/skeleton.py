@@ -54,6 +54,7 @@ class Skeleton:
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None, train: bool = False):
         _require_own_functions(model)
         self.module = _copy(model, device, dtype)
+        _uncompile(self.module)
         self._guard = Guard(self.module)
         self.set_mode(train)
         config = getattr(self.module, "config", None)
@@ -169,6 +170,14 @@ def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> 
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(f"model: wanted modules whose structure can be copied (copy.deepcopy), got {error}") from error
+
+
+def _uncompile(body: nn.Module) -> None:
+    """Has what torch.compile wrapped run as it is: for stacks, and for each engine's calls, it would compile anew."""
+    for module in body.modules():
+        wrapped = module._modules.get("_orig_mod")
+        if wrapped is not None and type(module).__module__.startswith("torch._dynamo."):
+            module.forward = wrapped.__call__
 
 
 def _precise(model: nn.Module) -> set[int]:

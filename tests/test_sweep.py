@@ -228,6 +228,22 @@ def test_forward_inf_is_mirrors_and_sweep_in_one():
     assert scores.top(0, 1).indices[0] in range(60)
 
 
+@pytest.mark.parametrize("engine", ["delta", "pair", "dot"])
+def test_a_compiled_model_runs_as_it_was_written(engine):
+    """No step and no engine has anything compiled: this compiler fails."""
+
+    def compiler(graph, inputs):
+        raise AssertionError("a model was compiled")
+
+    model, (x, y) = mlp()
+    compiled = torch.compile(model, backend=compiler)
+    parts = torch.nn.Sequential(torch.compile(model, backend=compiler))
+    wanted = ff.forward_inf(model, (x, y), (x[:3], y[:3]), lr=1e-2, engine=engine)
+    for given in (compiled, parts):
+        found = ff.forward_inf(given, (x, y), (x[:3], y[:3]), lr=1e-2, engine=engine)
+        assert np.array_equal(found.delta, wanted.delta) and np.array_equal(found.base, wanted.base)
+
+
 def test_files_give_what_arrays_give(tmp_path):
     model, (x, y) = mlp()
     np.save(tmp_path / "x.npy", x.numpy())
