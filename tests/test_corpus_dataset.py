@@ -188,12 +188,3 @@ def test_the_description_says_how_samples_are_joined():
     assert words["dataset"].endswith("Samples") and words["collate_fn"] is None
     assert words["shapes"] == {"input_ids": [3], "attention_mask": [3]}
     assert open_corpus(Samples(texts(3, 4))).locate(1) == "sample 1"
-
-
-def test_no_mask_is_made_beside_positions():
-    rows = [{"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]}] * 2
-    assert set(open_corpus(rows).read(0, 2)) == {"input_ids", "position_ids"}
-    with pytest.raises(ValueError, match="wanted rows of one length, .* got 2 to 3 tokens; leave position_ids out"):
-        open_corpus([*rows, {"input_ids": [1, 2], "position_ids": [0, 1]}]).read(0, 3)
-    given = [dict(row, attention_mask=[1] * len(row["input_ids"])) for row in rows]
-    assert "attention_mask" in open_corpus(given).read(0, 2)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from finf_fast.corpus.base import Corpus
-from finf_fast.corpus.collate import packs, require_one_length
 from finf_fast.corpus.delivery import Starts, as_stored, integers
 from finf_fast.corpus.documents import check_max_length
 from finf_fast.corpus.files import MappedArray, MappedFile
@@ -38,21 +37,18 @@ class ArrowCorpus(Corpus):
 
     A column of numbers is delivered as (B,), one of lists as (B, L), L the longest of the batch: ``labels`` padded
     right with -100, others with 0. Integers become int64, floats stay as stored. Where ``input_ids`` come without an
-    ``attention_mask`` (B, L) int64, one is made, but not beside ``position_ids``: by those alone, without a mask, a
-    model keeps the texts of a packed row apart.
+    ``attention_mask`` (B, L) int64, one is made.
 
     Args:
         path: the stream.
-        columns: names; default those of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``position_ids`` and
-            ``labels`` that are there.
+        columns: names; default those of ``input_ids``, ``attention_mask`` and ``labels`` that are there.
         max_length: of lists, how many items are read, from their start; None for all.
         transform: callable on each batch.
 
     Raises:
         ImportError: pyarrow is missing.
         DamagedFile: no whole Arrow stream.
-        ValueError, TypeError: columns that are not there, or hold something else than numbers and lists of them; rows
-            of differing lengths with ``position_ids`` and without ``attention_mask``, as they are read.
+        ValueError, TypeError: columns that are not there, or hold something else than numbers and lists of them.
     """
 
     format = "arrow"
@@ -104,9 +100,7 @@ class ArrowCorpus(Corpus):
             firsts, counts = self._spans(column, *where)
             longest = max(1, int(counts.max()))
             batch[column.name] = self._padded(column, firsts, counts, longest)
-            if column.name == "input_ids" and self._are_packed:
-                require_one_length(self._file.name, counts)
-            elif column.name == "input_ids" and self._makes_mask:
+            if column.name == "input_ids" and self._makes_mask:
                 mask = torch.arange(longest) < torch.from_numpy(counts)[:, None]
                 batch["attention_mask"] = mask.to(torch.uint8 if self._as_stored else torch.int64)
         return batch
@@ -114,15 +108,7 @@ class ArrowCorpus(Corpus):
     @property
     def _makes_mask(self) -> bool:
         lists = [column.name for column in self._columns if not column.is_number]
-        return "input_ids" in lists and "attention_mask" not in self._names and not self._are_packed
-
-    @property
-    def _are_packed(self) -> bool:
-        return packs(self._names)
-
-    @property
-    def _names(self) -> set[str]:
-        return {column.name for column in self._columns}
+        return "input_ids" in lists and "attention_mask" not in {column.name for column in self._columns}
 
     def _where(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The batch of the stream that each row is in, and which of its rows it is."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-__all__ = ["collate", "joined", "packs", "require_one_length", "unmasked_length"]
+__all__ = ["collate", "joined", "unmasked_length"]
 
 # What fills the end of a row shorter than the longest: -100 is the losses' ignore_index; ids of 0 hide behind the mask.
 FILLER = {"labels": -100}
@@ -22,12 +22,11 @@ def collate(samples: Sequence[Any], mask: bool = False) -> Any:
         samples: B samples of one structure. Dict values of one dimension (tensors, arrays, lists of numbers) may differ
             in length: ``labels`` are padded right with -100, everything else, ``attention_mask`` too, with 0.
         mask: make an ``attention_mask`` (B, L) int64, 1 where ``input_ids`` were given, though this batch needs no
-            padding; it is always made when ``input_ids`` were padded, unless the samples bring one, and never beside
-            ``position_ids`` (:func:`packs`).
+            padding; it is always made when ``input_ids`` were padded, unless the samples bring one.
 
     Raises:
         TypeError: a value that is no tensor, array or number.
-        ValueError: shapes that differ where they may not; lengths, where no mask is made.
+        ValueError: shapes that differ where they may not.
     """
     if isinstance(samples[0], Mapping):
         return _collate_dicts(samples, mask)
@@ -50,25 +49,9 @@ def joined(batches: Sequence[Any]) -> Any:
     return torch.cat(list(batches))
 
 
-def packs(keys: Collection[str]) -> bool:
-    """Whether samples of these keys may be several texts packed in a row, kept apart by where ``position_ids`` restart.
-
-    A model looks for that only where it is given no mask, and one of ones would make a single text of the row.
-    """
-    return "position_ids" in keys and "attention_mask" not in keys
-
-
-def require_one_length(source: str, lengths: Iterable[int]) -> None:
-    """Raises ``ValueError`` for rows that :func:`packs` and that would have to be padded."""
-    if len(found := sorted(set(map(int, lengths)))) > 1:
-        wanted = "rows of one length, for they have position_ids and no attention_mask"
-        hint = "leave position_ids out where a row is one text, else fill the rows up, with labels of -100"
-        raise ValueError(f"{source}: wanted {wanted}, got {found[0]} to {found[-1]} tokens; {hint}")
-
-
 def unmasked_length(sample: Any) -> int | None:
-    """Length of a dict sample's one-dimensional ``input_ids`` that want an ``attention_mask``; None where none is."""
-    if not isinstance(sample, Mapping) or "input_ids" not in sample or "attention_mask" in sample or packs(sample):
+    """Length of a dict sample's one-dimensional ``input_ids`` that no ``attention_mask`` goes with; else None."""
+    if not isinstance(sample, Mapping) or "input_ids" not in sample or "attention_mask" in sample:
         return None
     row = _row("input_ids", sample["input_ids"])
     return len(row) if row.ndim == 1 else None
@@ -80,8 +63,6 @@ def _collate_dicts(samples: Sequence[Mapping], mask: bool) -> dict[str, torch.Te
         if sample.keys() != keys:
             raise ValueError(f"source: wanted the keys {sorted(keys)} in every sample, got {sorted(sample.keys())}")
     columns = {key: [_row(key, sample[key]) for sample in samples] for key in keys}
-    if "input_ids" in keys and packs(keys):
-        require_one_length("source[…]['input_ids']", (len(row) for row in columns["input_ids"] if row.ndim == 1))
     batch = {key: _join(key, rows) for key, rows in columns.items()}
     ids = columns.get("input_ids")
     if unmasked_length(samples[0]) is not None and (mask or len({len(row) for row in ids}) > 1):

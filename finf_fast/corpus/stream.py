@@ -21,8 +21,7 @@ __all__ = ["STREAM", "Column", "map_stream"]
 STREAM = b"\xff\xff\xff\xff"  # before the length of a head, since Arrow 0.15
 END = STREAM + bytes(4)
 LONGEST_HEAD = 64 << 20  # bytes; a head has a few hundred, and a length that lies would be read into memory
-# What a language model is trained on; without the segments or positions that a text was given its loss is another.
-USUAL = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
+USUAL = ("input_ids", "attention_mask", "labels")  # what a causal language model is trained on
 
 
 @dataclass(frozen=True)
