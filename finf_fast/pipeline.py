@@ -58,8 +58,9 @@ def sweep(
     Influence Hypothesis", CVPR 2024, arXiv 2402.08922. Samples are scored in eval mode; the model is not modified.
 
     Args:
-        model: any ``torch.nn.Module``. One of Hugging Face runs with ``use_cache=False``, as in training: rows of
-            several texts, told by ``position_ids`` that restart and no ``attention_mask``, are kept apart.
+        model: any ``torch.nn.Module``; what torch.compile wrapped runs as it is written. One of Hugging Face runs with
+            ``use_cache=False``, as in training: where it keeps apart the texts of a row by ``position_ids`` that
+            restart, as Llama and GPT-2 do where there is no ``attention_mask``, it does so here.
         updates: Q updates, from :func:`finf_fast.mirror` or :meth:`Update.between`.
         corpus: what :func:`finf_fast.open_corpus` gives or takes: S samples.
         loss: a name, a :class:`finf_fast.loss.Loss`, or ``(model, batch) -> (B,) losses``.

@@ -144,10 +144,33 @@ def _require_own_functions(model: nn.Module) -> None:
     own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
+            if key == "forward" and _is_compiled(module):
+                continue
             held = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
-            if any(id(thing) in own for thing in held.values()):
+            if any(id(getattr(thing, "__self__", thing)) in own for thing in held.values()):
                 where = f"{name}.{key}" if name else key
                 raise TypeError(f"model: {where} is a function that refers to the model itself; make it a method")
+
+
+def _uncompile(body: nn.Module) -> None:
+    """Has what torch.compile wrapped, a module or its ``forward``, run as it is written.
+
+    For stacks, and for each engine's calls, it would be compiled anew; and a compiled ``forward`` is the user's own.
+    """
+    for module in body.modules():
+        if type(module).__module__.startswith("torch._dynamo."):
+            module.forward = module._orig_mod.__call__
+        elif _is_compiled(module):
+            del module.forward
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether its own ``forward`` was replaced by what torch.compile made of it."""
+    given = vars(module).get("forward")
+    if not hasattr(given, "_torchdynamo_orig_callable"):
+        return False
+    written = inspect.unwrap(given)
+    return getattr(written, "__func__", written) is type(module).forward
 
 
 def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -170,14 +193,6 @@ def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> 
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(f"model: wanted modules whose structure can be copied (copy.deepcopy), got {error}") from error
-
-
-def _uncompile(body: nn.Module) -> None:
-    """Has what torch.compile wrapped run as it is: for stacks, and for each engine's calls, it would compile anew."""
-    for module in body.modules():
-        wrapped = module._modules.get("_orig_mod")
-        if wrapped is not None and type(module).__module__.startswith("torch._dynamo."):
-            module.forward = wrapped.__call__
 
 
 def _precise(model: nn.Module) -> set[int]:

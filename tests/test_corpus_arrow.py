@@ -350,3 +350,14 @@ def test_what_the_library_itself_saves(tmp_path, shards):
     assert [row["input_ids"] for row in read(corpus, corpus.take([1000, 3]))] == [
         shuffled[i]["input_ids"] for i in (1000, 3)
     ]
+
+
+def test_positions_without_a_mask_may_be_packed_texts(tmp_path):
+    """A mask of ones over them would join the texts: the delta of a small Llama was 16 % off, without a word."""
+    path = saved(tmp_path / "set", {"input_ids": [[1, 2, 3, 4]] * 3, "position_ids": [[0, 1, 0, 1]] * 3})
+    for columns in (None, ["input_ids", "position_ids"]):
+        with pytest.raises(ValueError, match="columns: wanted an attention_mask beside 'position_ids'"):
+            open_corpus(path, columns=columns)
+    assert set(open_corpus(path, columns=["input_ids"]).read(0, 3)) == {"input_ids", "attention_mask"}
+    masked = {"input_ids": [[1, 2]], "position_ids": [[0, 1]], "attention_mask": [[1, 1]]}
+    assert set(open_corpus(saved(tmp_path / "masked", masked)).read(0, 1)) == {"input_ids", "attention_mask"}

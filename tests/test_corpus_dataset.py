@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
 
+import finf_fast as ff
 from finf_fast.corpus import open_corpus
 
 
@@ -188,3 +189,38 @@ def test_the_description_says_how_samples_are_joined():
     assert words["dataset"].endswith("Samples") and words["collate_fn"] is None
     assert words["shapes"] == {"input_ids": [3], "attention_mask": [3]}
     assert open_corpus(Samples(texts(3, 4))).locate(1) == "sample 1"
+
+
+def packed(rows, length):
+    """Rows of two texts each, told apart by where their positions begin again."""
+    draw = np.random.default_rng(0)
+    cuts = [1 + i % (length - 2) for i in range(rows)]
+    return [{"input_ids": draw.integers(0, 19, length), "position_ids": np.r_[:cut, : length - cut]} for cut in cuts]
+
+
+@pytest.mark.parametrize("engine", ["delta", "pair", "dot"])
+def test_packed_rows_are_scored_as_their_texts_are(engine):
+    transformers = pytest.importorskip("transformers", "4.53")  # from where on positions are looked at
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=19, pad_token_id=0, **small)).eval()
+    samples, truth = packed(6, 12), []
+    for sample in samples:
+        ids, cut = torch.from_numpy(sample["input_ids"]), int((sample["position_ids"][1:] == 0).argmax()) + 1
+        with torch.no_grad():
+            z = torch.cat([model(text[None]).logits[0] for text in ids.tensor_split([cut])])
+        truth.append(float(torch.nn.functional.cross_entropy(z[:-1], ids[1:])))
+    updates = [ff.mirror(model, torch.from_numpy(samples[0]["input_ids"])[None], loss="causal_lm")]
+    scores = ff.sweep(model, updates, samples, loss="causal_lm", engine=engine)
+    assert np.abs(scores.base - truth).max() < 1e-5
+
+
+def test_no_mask_is_made_over_several_texts_in_a_row():
+    """Neither where this batch would be padded nor where another one is."""
+    rows = packed(4, 6)
+    ragged = [{key: row[: 4 + i % 2] for key, row in sample.items()} for i, sample in enumerate(rows)]
+    for samples in (ragged, [*ragged[:2], *rows[2:]]):
+        with pytest.raises(ValueError, match="source: wanted rows of one length where position_ids restart"):
+            open_corpus(samples).read(len(samples) - 2, len(samples))
+    plain = [{"input_ids": np.arange(n), "position_ids": np.arange(n)} for n in (3, 5)]
+    assert open_corpus(plain).read(0, 2)["attention_mask"].sum(1).tolist() == [3, 5]

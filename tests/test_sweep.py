@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -238,10 +239,24 @@ def test_a_compiled_model_runs_as_it_was_written(engine):
     model, (x, y) = mlp()
     compiled = torch.compile(model, backend=compiler)
     parts = torch.nn.Sequential(torch.compile(model, backend=compiler))
+    methods = copy.deepcopy(model)
+    methods.forward = torch.compile(methods.forward, backend=compiler)
     wanted = ff.forward_inf(model, (x, y), (x[:3], y[:3]), lr=1e-2, engine=engine)
-    for given in (compiled, parts):
+    for given in (compiled, parts, methods):
         found = ff.forward_inf(given, (x, y), (x[:3], y[:3]), lr=1e-2, engine=engine)
         assert np.array_equal(found.delta, wanted.delta) and np.array_equal(found.base, wanted.base)
+
+
+def test_a_scripted_model_is_scored_by_pairs():
+    _, (x, y) = mlp()
+    plain = nn.Sequential(nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 5)).double()
+    script = torch.jit.script(plain)
+    for given, same in ((script, plain), (nn.Sequential(script), nn.Sequential(plain))):
+        updates = [ff.mirror(given, (x[i : i + 1], y[i : i + 1]), lr=1e-2) for i in range(2)]
+        scores = ff.sweep(given, updates, (x, y))
+        base, delta = plain_scores(same, updates, resolve("cross_entropy"), [(x, y)])
+        np.testing.assert_allclose(scores.base, base, atol=1e-12)
+        np.testing.assert_allclose(scores.delta, delta, atol=1e-12)
 
 
 def test_files_give_what_arrays_give(tmp_path):

@@ -48,7 +48,9 @@ class ArrowCorpus(Corpus):
     Raises:
         ImportError: pyarrow is missing.
         DamagedFile: no whole Arrow stream.
-        ValueError, TypeError: columns that are not there, or hold something else than numbers and lists of them.
+        ValueError, TypeError: columns that are not there, or hold something else than numbers and lists of them;
+            ``position_ids`` without an ``attention_mask``, which may be packed texts, unless columns without them are
+            named.
     """
 
     format = "arrow"

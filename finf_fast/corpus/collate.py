@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def collate(samples: Sequence[Any], mask: bool = False) -> Any:
 
     Raises:
         TypeError: a value that is no tensor, array or number.
-        ValueError: shapes that differ where they may not.
+        ValueError: shapes that differ where they may not; a mask would have to be made over several texts in a row.
     """
     if isinstance(samples[0], Mapping):
         return _collate_dicts(samples, mask)
@@ -66,8 +66,16 @@ def _collate_dicts(samples: Sequence[Mapping], mask: bool) -> dict[str, torch.Te
     batch = {key: _join(key, rows) for key, rows in columns.items()}
     ids = columns.get("input_ids")
     if unmasked_length(samples[0]) is not None and (mask or len({len(row) for row in ids}) > 1):
+        _require_one_text(columns.get("position_ids", ()))
         batch["attention_mask"] = _pad([torch.ones(len(row), dtype=torch.int64) for row in ids], 0)
     return batch
+
+
+def _require_one_text(positions: Iterable[torch.Tensor]) -> None:
+    """Texts packed in a row are told by positions that restart, which a model looks at where it is given no mask."""
+    if any(row.ndim == 1 and (row.diff() < 0).any() for row in positions):
+        wanted = "rows of one length where position_ids restart, or an attention_mask of their own"
+        raise ValueError(f"source: wanted {wanted}, got rows that differ: a mask made for them would join their texts")
 
 
 def _row(key: str, value: Any) -> torch.Tensor:

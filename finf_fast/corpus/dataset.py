@@ -23,7 +23,9 @@ class DatasetCorpus(Corpus):
 
     Without ``collate_fn`` samples are joined as DataLoader joins them, and dicts of differing lengths are padded right:
     ``labels`` with -100, everything else with 0. An ``attention_mask`` is made when ``input_ids`` were padded, and in
-    every batch when a look at up to 64 samples found differing lengths. Integers other than pixels become int64.
+    every batch when a look at up to 64 samples found differing lengths, but never over rows in which ``position_ids``
+    restart, several texts in each: these want one length, or a mask of their own. Integers other than pixels become
+    int64.
 
     The content cannot be hashed, so the fingerprint is made of up to 64 samples: a dataset that draws at random gets
     another one each time, and so does not resume, which is right, for its scores could not be repeated either.
@@ -35,7 +37,7 @@ class DatasetCorpus(Corpus):
 
     Raises:
         TypeError: no length, no indexing, or a DataLoader.
-        ValueError: no samples; samples that cannot be joined.
+        ValueError: no samples; samples that cannot be joined; rows of several texts that want a mask, as they are read.
     """
 
     format = "dataset"

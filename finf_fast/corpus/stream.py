@@ -21,6 +21,7 @@ __all__ = ["STREAM", "Column", "map_stream"]
 STREAM = b"\xff\xff\xff\xff"  # before the length of a head, since Arrow 0.15
 END = STREAM + bytes(4)
 LONGEST_HEAD = 64 << 20  # bytes; a head has a few hundred, and a length that lies would be read into memory
+POSITIONS = "position_ids"
 USUAL = ("input_ids", "attention_mask", "labels")  # what a causal language model is trained on
 
 
@@ -226,6 +227,10 @@ def _chosen(file: str, there: list[str], names: list[str] | None) -> list[str]:
     if missing:
         wanted = f"names of columns in {file}, which has {there}"
         raise ValueError(f"columns: wanted {wanted}, got {names}: {missing[0]!r} is not there once")
+    if POSITIONS in (there if names is None else names) and "input_ids" in chosen and "attention_mask" not in chosen:
+        # A mask would be made, under which no model looks for texts that are packed in a row.
+        cure = f"name columns without {POSITIONS!r} if each row is one text, else give the dataset itself for the path"
+        raise ValueError(f"columns: wanted an attention_mask beside {POSITIONS!r} in {file}, got {names}; {cure}")
     return chosen
 
 
