@@ -140,16 +140,24 @@ def vocabulary(model: nn.Module) -> int | None:
 
 
 def _require_own_functions(model: nn.Module) -> None:
-    """A function whose closure holds the model would go on reading the user's weights from inside the copy."""
+    """A function that refers to the model would go on reading the user's weights from inside the copy."""
     own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if key == "forward" and _is_compiled(module):
+            if key == "forward" and _is_compiled(module):  # _uncompile sees to it
                 continue
-            held = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
-            if any(id(getattr(thing, "__self__", thing)) in own for thing in held.values()):
+            if any(id(getattr(thing, "__self__", thing)) in own for thing in _referred(value)):
                 where = f"{name}.{key}" if name else key
                 raise TypeError(f"model: {where} is a function that refers to the model itself; make it a method")
+
+
+def _referred(value: Any) -> list[Any]:
+    """What a function, and what it is a wrapper of, find outside themselves; nothing for anything else."""
+    if not inspect.isfunction(value):
+        return []
+    written = inspect.unwrap(value)
+    found = [inspect.getclosurevars(f) for f in (value, written) if inspect.isfunction(f) or inspect.ismethod(f)]
+    return [written, *(thing for each in found for thing in (*each.nonlocals.values(), *each.globals.values()))]
 
 
 def _uncompile(body: nn.Module) -> None:
@@ -158,14 +166,20 @@ def _uncompile(body: nn.Module) -> None:
     For stacks, and for each engine's calls, it would be compiled anew; and a compiled ``forward`` is the user's own.
     """
     for module in body.modules():
-        if type(module).__module__.startswith("torch._dynamo."):
+        if _wraps(module):
             module.forward = module._orig_mod.__call__
         elif _is_compiled(module):
             del module.forward
 
 
+def _wraps(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch._dynamo.")
+
+
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether its own ``forward`` was replaced by what torch.compile made of it."""
+    """Whether it is what torch.compile made of a module, or its own ``forward`` what it made of that."""
+    if _wraps(module):
+        return True
     given = vars(module).get("forward")
     if not hasattr(given, "_torchdynamo_orig_callable"):
         return False

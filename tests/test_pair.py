@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -300,6 +302,11 @@ def test_a_function_that_holds_the_model_is_refused():
 
     with pytest.raises(TypeError, match="apply_scale is a function that refers to the model itself"):
         Skeleton(Holds(), CPU)
+    model = nn.Sequential(nn.Linear(3, 2))
+    forward = model[0].forward  # that method's own model, one step on
+    model[0].forward = functools.wraps(forward)(lambda x: 2 * forward(x))
+    with pytest.raises(TypeError, match="0.forward is a function that refers to the model itself"):
+        Skeleton(model, CPU)
 
 
 def test_a_vision_model_of_hugging_face_without_token_embeddings():
