@@ -211,6 +211,8 @@ def _carried(
         why = f"{', '.join(kinks)} in bfloat16 would flip masks"
         return runner, found, f"{_word(own)} weights in float32: {why}{chunks}"
     why = "as asked" if dtype is not None else "the model's own"
+    if dtype is torch.bfloat16 and kinks:
+        why += f", though {', '.join(kinks)} in bfloat16 may flip masks"
     why = "float16 weights, whose changes would underflow" if dtype is None and own is torch.float16 else why
     generic = runner.record()["generic_rules"]
     also = f"; in float64 for want of a rule: {', '.join(generic)}" if generic else ""

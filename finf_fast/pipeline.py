@@ -182,6 +182,7 @@ def forward_inf(
     unknown = settings.keys() - (inspect.signature(sweep).parameters.keys() - {"background"})
     if unknown:
         raise TypeError(f"forward_inf: unknown argument {', '.join(sorted(unknown))}")
+    _require_dtype(settings.get("dtype"))  # before the steps, which take longer than a look
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     shown = None if callable(progress) else progress
     drawn = _background(corpus, background, seed or 0, losses.resolve(loss)) if background else None

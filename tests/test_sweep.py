@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import finf_fast as ff
+from finf_fast import pipeline
 from finf_fast.delta import DeltaEngine
 from finf_fast.loss import resolve
 from finf_fast.lowrank import dense
@@ -281,6 +282,9 @@ def test_half_precision_models_run_in_the_precision_that_suits_them_and_say_so()
     kinked = torch.nn.Sequential(model, torch.nn.ReLU())
     scores = ff.sweep(kinked, ups(kinked, data), data)
     assert scores.record["dtype"] == "float32" and "relu" in scores.plan
+    asked = ff.sweep(kinked, ups(kinked, data), data, dtype=torch.bfloat16)
+    assert "bfloat16 (as asked, though relu in bfloat16 may flip masks)" in asked.plan
+    assert "flip" not in ff.sweep(half, updates, data, dtype=torch.bfloat16).plan
 
 
 def test_the_manifest_tells_what_was_done():
@@ -522,6 +526,13 @@ def test_a_type_that_no_engine_has_is_refused(engine, dtype, error):
     wanted = "dtype: wanted torch.bfloat16, torch.float32, torch.float64 or None, got"
     with pytest.raises(error, match=wanted):
         ff.sweep(model, ups(model, data), data, dtype=dtype, engine=engine)
+
+
+def test_a_type_that_no_engine_has_is_refused_before_the_steps(monkeypatch):
+    model, data = mlp()
+    monkeypatch.setattr(pipeline, "updates_for", lambda *given: pytest.fail("steps were made"))
+    with pytest.raises(TypeError, match="dtype: wanted"):
+        ff.forward_inf(model, data, data, dtype="bfloat16")
 
 
 class Reads(nn.Linear):
