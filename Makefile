@@ -78,11 +78,12 @@ OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_d
 DISK_TESTS := $(addprefix tests/test_,$(addsuffix .py,ahead corpus_arrow corpus_documents corpus_headers io_faults))
 
 # Operations with a Triton face: the same tests, its kernels interpreted on the CPU, a second a test. Left out are edges
-# of other faces' tiles (test_columns, half of test_panels, of attention all but one size), gains but one, 127 rows and
-# more of 15 queries (five minutes in all), and a test of how the reference goes on other devices.
+# of other faces' tiles (test_columns, half of test_panels, of attention all but one size), gains but one, a third of
+# the texts, 127 rows and more of 15 queries (nine minutes in all), and a test of how the reference goes on other devices.
 TRITON_CHOICE := "triton and not test_columns and not must_not_be_waited and not (test_panels and 4096) and not \
   (test_edges_of_blocks and not 65) and not (test_one_key_takes_all and not 50) and not 127-15 and not 128-15 and not \
-  129-15 and not 300-15"
+  129-15 and not 300-15 and not (test_texts_behind_each and options1) and not (test_texts_at_every and not Q2) and not \
+  (test_gains_on_leaders and not 45)"
 TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta group_norm_delta layer_norm_delta \
   linear_cross_entropy_delta linear_delta rms_norm_delta))
 
