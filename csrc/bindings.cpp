@@ -1,6 +1,6 @@
-// The border with Python, and with csrc/cuda/bindings.cpp the only file that knows pybind11: addresses come in as whole
-// numbers, and the interpreter's lock is let go while a loop runs.
-#include <pybind11/pybind11.h>
+// The border of the operations with Python (border.h).
+#include "border.h"
+
 #include <pybind11/stl.h>
 
 #include <array>
@@ -9,38 +9,21 @@
 #include "cpu/activation_delta.h"
 #include "cpu/attention_delta.h"
 #include "cpu/cross_entropy_delta.h"
+#include "cpu/fma_peak.h"
 #include "cpu/group_norm_delta.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/layer_norm_delta.h"
-#include "cpu/noise.h"
-#include "cpu/rms_norm_delta.h"
-#include "cpu/fma_peak.h"
-#include "cpu/isa/kernels.h"
 #include "cpu/linear_cross_entropy_delta.h"
 #include "cpu/linear_delta.h"
+#include "cpu/noise.h"
+#include "cpu/rms_norm_delta.h"
 #include "cpu/segment_sum.h"
 #include "cpu/squared_error_delta.h"
 #include "cpu/topk_merge.h"
-#include "io/deliver.h"
-#include "io/forerunner.h"
-#include "io/slots.h"
-
-namespace py = pybind11;
-using namespace py::literals;
 
 namespace {
 
-// Lets the interpreter's lock go for as long as it lives. A daemon thread that asks for the lock while the interpreter
-// ends is unwound from inside that call, which a destructor has to allow: pybind11's own would end the process there.
-struct Unlocked {
-    PyThreadState* const state = PyEval_SaveThread();
-    ~Unlocked() noexcept(false) { PyEval_RestoreThread(state); }
-};
-
-template <class T>
-T* memory(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using finf::memory;
 
 void cross_entropy_delta(uintptr_t z, int z_dtype, int64_t z_stride, uintptr_t dz, int dz_dtype, int64_t dz_stride_q,
                          int64_t dz_stride_n, uintptr_t target, uintptr_t base, uintptr_t delta, int64_t delta_stride_q,
@@ -247,58 +230,6 @@ void attention_delta(int dtype, uintptr_t q, const Strides& q_strides, bool q_mo
                           finf::require_float_or_bf16("dtype", dtype), threads);
 }
 
-// What a delivery of rows of a file is told; see io/deliver.h.
-finf::FileRows file_rows(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
-                         uintptr_t lengths, int64_t R, int64_t length, int64_t threads) {
-    return {{descriptor, memory<uint8_t>(map), memory<finf::Spoilt>(spoilt)},
-            memory<int64_t>(starts),
-            first,
-            step,
-            memory<int64_t>(lengths),
-            R,
-            length,
-            threads};
-}
-
-using Trouble = std::pair<int, int64_t>;
-
-Trouble deliver_integers(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
-                         uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int stored, int64_t fill,
-                         uintptr_t out) {
-    const auto done =
-        finf::deliver_integers(file_rows(descriptor, map, spoilt, starts, first, step, lengths, R, length, threads),
-                               finf::require_stored("stored", stored), fill, memory<int64_t>(out));
-    return {done.error, done.byte};
-}
-
-Trouble deliver_raw(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
-                    uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int64_t item, int64_t fill,
-                    uintptr_t out) {
-    const auto done =
-        finf::deliver_raw(file_rows(descriptor, map, spoilt, starts, first, step, lengths, R, length, threads), item,
-                          fill, memory<uint8_t>(out));
-    return {done.error, done.byte};
-}
-
-Trouble deliver_pixels(int descriptor, uintptr_t map, uintptr_t spoilt, uintptr_t starts, int64_t first, int64_t step,
-                       int64_t R, int64_t length, int64_t threads, uintptr_t tables, int64_t word, int64_t C,
-                       int64_t run, uintptr_t mean, uintptr_t std, uintptr_t out) {
-    const finf::Pixels pixels = {memory<void>(tables), word, C, run, memory<float>(mean), memory<float>(std)};
-    const auto done = finf::deliver_pixels(
-        file_rows(descriptor, map, spoilt, starts, first, step, 0, R, length, threads), pixels, memory<void>(out));
-    return {done.error, done.byte};
-}
-
-bool leads_to(const std::string& path, uint64_t device, uint64_t inode, int64_t size, uint64_t changed_ns,
-              uint64_t touched_ns, bool numbered) {
-    return finf::leads_to(path.c_str(), {device, inode, size, changed_ns, touched_ns}, numbered);
-}
-
-Trouble read_at(int descriptor, uintptr_t to, int64_t first, int64_t bytes) {
-    const auto done = finf::read_at(descriptor, memory<uint8_t>(to), first, bytes);
-    return {done.error, done.byte};
-}
-
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const finf::Kernels* found : finf::available_kernels()) names.emplace_back(found->name);
@@ -318,7 +249,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled loops of finf_fast. Addresses of first elements; sizes and strides in elements.";
-    const auto unlocked = py::call_guard<Unlocked>();
+    const auto unlocked = py::call_guard<finf::Unlocked>();
 
     module.def("cross_entropy_delta", cross_entropy_delta, unlocked, "z"_a, "z_dtype"_a, "z_stride"_a, "dz"_a,
                "dz_dtype"_a, "dz_stride_q"_a, "dz_stride_n"_a, "target"_a, "base"_a, "delta"_a, "delta_stride_q"_a,
@@ -374,45 +305,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("topk_merge", topk_merge, unlocked, "values"_a, "indices"_a, "scores"_a, "scores_dtype"_a,
                "scores_stride_q"_a, "start"_a, "Q"_a, "K"_a, "S"_a, "threads"_a,
                "values, indices (Q,K) updated in place with scores (Q,S). dtype: 0 float32, 2 float64.");
-    module.def(
-        "deliver_integers", deliver_integers, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
-        "step"_a, "lengths"_a, "R"_a, "length"_a, "threads"_a, "stored"_a, "fill"_a, "out"_a,
-        "Rows of a file, from bytes starts (R) int64, or first + r step where it is 0, each of lengths (R) int64 "
-        "or `length` items -> out (R,length) int64. map: address of the whole file's mapping, or 0; spoilt: of its "
-        "int32, set when it holds pages that are not the file's. stored: 0 uint8, 1 int8, 2 uint16, 3 int16, 4 "
-        "uint32, 5 int32, 6 int64. Returns (errno, byte): 0 when all is well, -1 where the file ends too early.");
-    module.def("deliver_raw", deliver_raw, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
-               "step"_a, "lengths"_a, "R"_a, "length"_a, "threads"_a, "item"_a, "fill"_a, "out"_a,
-               "The same, items of `item` bytes as they are stored -> out (R,length) items.");
-    module.def("deliver_pixels", deliver_pixels, unlocked, "descriptor"_a, "map"_a, "spoilt"_a, "starts"_a, "first"_a,
-               "step"_a, "R"_a, "length"_a, "threads"_a, "tables"_a, "word"_a, "C"_a, "run"_a, "mean"_a, "std"_a,
-               "out"_a,
-               "The same of bytes, replaced by words of 2 or 4 bytes: tables (C,256), each for `run` bytes of a row in "
-               "turn -> out (R,length) words. mean, std (C) float32, or 0: the tables are (x / 255 - mean) / std.");
-    module.def("read_at", read_at, unlocked, "descriptor"_a, "to"_a, "first"_a, "bytes"_a,
-               "Bytes [first, first + bytes) of a file -> to. Returns (errno, byte) as deliver_integers.");
-    module.def("run_ahead", finf::run_ahead, unlocked, "descriptor"_a, "reached"_a, "end"_a,
-               "Whoever reads this descriptor from front to back has got to byte `reached` and will go on up to `end`: "
-               "where the disk keeps it waiting, a thread brings the next bytes into the page cache. Returns whether "
-               "one does.");
-    module.def("stop_ahead", finf::stop_ahead, "descriptor"_a, "It is about to be closed.");
-    module.def("leads_to", leads_to, unlocked, "path"_a, "device"_a, "inode"_a, "size"_a, "changed_ns"_a,
-               "touched_ns"_a, "numbered"_a,
-               "Whether a name leads to the file with this identity, device and inode aside where not numbered.");
-    // Lent and given back under the interpreter's lock.
-    py::class_<finf::Slots, std::shared_ptr<finf::Slots>>(module, "Slots")
-        .def(py::init<int64_t, int64_t>(), "kept"_a, "kept_bytes"_a)
-        .def(
-            "lend",
-            [](const std::shared_ptr<finf::Slots>& slots, int64_t bytes) {
-                return std::make_unique<finf::Lease>(slots, bytes);
-            },
-            "bytes"_a, "A buffer of at least so many bytes, whose memory comes back with its end.")
-        .def("waiting", &finf::Slots::waiting, "Bytes of each slot that waits.");
-    py::class_<finf::Lease>(module, "Lease", py::buffer_protocol()).def_buffer([](finf::Lease& lease) {
-        return py::buffer_info(lease.first(), lease.bytes());
-    });
-    module.def("on_network", finf::on_network, "descriptor"_a, "Whether a file lies behind a network.");
+    finf::bind_files(module);
     module.def("isa", [] { return finf::kernels().name; }, "The instruction set in use.");
     module.def("isas", isas, "The instruction sets this processor can run, best first.");
     module.def("build_info", build_info, "Compiler, version, and whether CUDA sources were built.");

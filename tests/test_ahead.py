@@ -19,7 +19,7 @@ import pytest
 from finf_fast import _C
 from finf_fast.corpus import delivery
 from finf_fast.corpus.files import MappedArray, MappedFile
-from finf_fast.corpus.reading import Reading, adopting
+from finf_fast.corpus.reading import MAP, MAP_WHAT_IS_THERE, READ, Reading, adopting
 from finf_fast.records import DamagedFile
 
 MIB = 1 << 20
@@ -78,12 +78,21 @@ def opened(path: Path) -> MappedArray:
     """The file, read by a descriptor that the system does not read ahead for: as if the disk were slow."""
     with adopting(Reading("read")):
         file = MappedFile(path)
-    os.posix_fadvise(file._open().descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    os.posix_fadvise(file.opened().descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     return MappedArray(file, 0, np.dtype(np.uint8), (file.size,))
 
 
 def read(array: MappedArray, start: int, count: int = MIB) -> None:
     assert not delivery.as_stored(array, range(start, start + 1), count).any()
+
+
+def told(array: MappedArray, start: int, count: int = MIB, way: int = READ) -> dict[str, object]:
+    """What the compiled reader says of a reading."""
+    out = np.empty(count, np.uint8)
+    rows = {"starts": 0, "first": start, "step": count, "lengths": 0, "R": 1, "length": count}
+    span, rest = {"way": way, "begin": start, "end": start + count}, {"item": 1, "fill": 0, "out": out.ctypes.data}
+    answer = array.file.opened().reader.deliver_raw(**span, **rows, threads=1, **rest)
+    return dict(zip(("error", "byte", "mapped", "from_disk", "same", "seconds"), answer, strict=True))
 
 
 def soon(what, seconds: float = 20.0) -> bool:
@@ -147,8 +156,9 @@ def test_a_reader_in_memory_that_begins_anew_is_not_said_to_wait(path):
     for start in range(BEYOND, BEYOND + 4 * MIB, MIB):
         read(array, start)
     path.read_bytes()
-    assert _C.run_ahead(array.file._open().descriptor, BEYOND + 4 * MIB, FILE)
-    assert not _C.run_ahead(array.file._open().descriptor, 0, FILE)
+    assert told(array, BEYOND + 4 * MIB)["from_disk"]
+    read(array, 0, 4 << 10)
+    assert not told(array, 4 << 10)["from_disk"]
 
 
 def test_a_fingerprint_brings_in_its_pieces_alone(path):
@@ -158,18 +168,34 @@ def test_a_fingerprint_brings_in_its_pieces_alone(path):
     assert not in_memory(path, 1 * MIB)
 
 
+def test_what_the_disk_has_yet_to_bring_is_not_looked_at_through_a_mapping(path):
+    array = opened(path)
+    descriptor = array.file.opened().descriptor
+    for way, mapped in [(MAP_WHAT_IS_THERE, False), (READ, False), (MAP, True)]:
+        evict(path)
+        assert _C.is_missing(descriptor, BEYOND)
+        assert told(array, BEYOND, way=way)["mapped"] == mapped  # a reading that follows none: no thread runs ahead
+    path.read_bytes()
+    assert not _C.is_missing(descriptor, BEYOND)
+    assert told(array, BEYOND, way=MAP_WHAT_IS_THERE)["mapped"]
+
+
 NO_THREADS = """
 import os, resource, sys
-from finf_fast import _C
-descriptor = os.open(sys.argv[1], os.O_RDONLY)
+from pathlib import Path
+from test_ahead import opened, told
+array = opened(Path(sys.argv[1]))
+told(array, 0, 1 << 17)  # memory of its own
+array.file._opened = None
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)  # less than a thread's stack
-print(_C.run_ahead(descriptor, 0, 160 << 20))
+print(told(array, 0, 1 << 17)["from_disk"])
 """
 
 
 def test_a_process_that_may_have_no_more_threads_is_left_alone(path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     done = subprocess.run([sys.executable, "-c", NO_THREADS, path], capture_output=True, text=True, env=env)
     assert (done.stdout, done.stderr) == ("False\n", "")
 
@@ -247,6 +273,7 @@ def test_a_forked_child_runs_ahead_with_a_thread_of_its_own(path):
     assert soon(lambda: in_memory(path, 4 * MIB + AHEAD))
     child = os.fork()
     if child == 0:
-        _C.run_ahead(array.file._open().descriptor, BEYOND, FILE)
+        read(array, BEYOND - 4096, 4096)
+        read(array, BEYOND)
         os._exit(0 if soon(lambda: in_memory(path, BEYOND + AHEAD)) else 1)
     assert os.waitpid(child, 0)[1] == 0

@@ -21,7 +21,7 @@ from finf_fast import _C
 from finf_fast.corpus import delivery, files, open_corpus
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.pixels import Pixels
-from finf_fast.corpus.reading import TRIAL_BYTES, TRIALS, Reading, adopting
+from finf_fast.corpus.reading import MAP, MAP_WHAT_IS_THERE, READ, TRIAL_BYTES, TRIALS, Reading, adopting
 from finf_fast.corpus.slots import KEPT, SMALL, Slots
 from finf_fast.records import DamagedFile
 
@@ -100,7 +100,7 @@ def test_floats_and_bools_stay_as_they_are(tmp_path, io, dtype):
 @pytest.mark.parametrize("dtype", ["|i1", "<i2", "<i4", "<i8", ">i4"])
 def test_short_rows_of_what_stays_stored_are_filled_up(tmp_path, monkeypatch, io, compiled, dtype):
     if not compiled:
-        monkeypatch.setattr(delivery, "_loops", lambda array: None)
+        monkeypatch.setattr(delivery, "_is_compiled", lambda array: False)
     stored = np.arange(-60, 60).astype(dtype)
     array, lengths = array_in(tmp_path / "x", stored, io, before=1), [3, 0, 5, 1]
     got = delivery.as_stored(array, np.array([7, 0, 100, 7]), 5, lengths, fill=-100).numpy()
@@ -141,6 +141,20 @@ def test_means_that_arithmetic_misses_are_looked_up(tmp_path):
     assert np.array_equal(pixels.rows(array, 0, 4).numpy(), truth)
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_halves_between_two_bfloat16_go_to_the_even_one(tmp_path, layout):
+    """By this spread pixel 5 becomes 1.01953125, which lies halfway: the loop of pairs would round it up."""
+    spread, stored = 0.019232215359807014, np.arange(768, dtype=np.uint16).astype(np.uint8).reshape(3, 1, 256, 1)
+    half = np.float32(5) / np.float32(255) / np.float32(spread)
+    assert half == 1.01953125 and torch.tensor(half).to(torch.bfloat16) == 1.015625
+    stored = np.ascontiguousarray(np.broadcast_to(stored, (3, 1, 256, 3)) if layout == "NHWC" else stored[..., 0, None])
+    array = array_in(tmp_path / "x", stored, "read")
+    pixels = Pixels(stored.shape, stored.dtype, 0.0, spread, layout, "bfloat16")
+    truth = torch.from_numpy(stored.astype(np.float32) / np.float32(255) / np.float32(spread)).to(torch.bfloat16)
+    truth = truth.permute(0, 3, 1, 2) if layout == "NHWC" else truth
+    assert torch.equal(pixels.rows(array, 0, 3), truth)
+
+
 def test_rows_beside_labels_as_in_cifar(tmp_path):
     """A byte of label before each picture: pictures from any item on, labels too."""
     rng = np.random.default_rng(0)
@@ -166,7 +180,7 @@ def test_without_the_compiled_module_the_bits_are_the_same(tmp_path, monkeypatch
                 yield open_corpus(images, mean=MEAN, std=STD, dtype=dtype, io=io).read(1, 5)
 
     compiled = list(batches())
-    monkeypatch.setattr(delivery, "_loops", lambda array: None)
+    monkeypatch.setattr(delivery, "_is_compiled", lambda array: False)
     assert all(torch.equal(a, b) for a, b in zip(compiled, batches(), strict=True))
     array = array_in(tmp_path / "p.bin", values_of("u1", 60), "read")
     assert Pixels((5, 3, 2, 2), array.dtype).runs(array, range(0), (3, 2, 2)).shape == (0, 3, 2, 2)
@@ -214,107 +228,99 @@ def test_runs_outside_the_array_are_refused(tmp_path):
         delivery.integers(array, np.array([0, 1]), 4, [4, 5])
 
 
-def test_the_compiled_loops_name_what_is_wrong():
-    wrong = {"descriptor": 0, "map": 0, "spoilt": 0, "starts": 0, "first": 0, "step": 1, "R": 1, "length": 6}
-    wrong["threads"], lengths = 1, np.array([2])
-    with pytest.raises(ValueError, match="out: wanted the address of its first element"):
-        _C.deliver_raw(**wrong, lengths=0, item=1, fill=0, out=0)
-    with pytest.raises(ValueError, match="spoilt: wanted the address of its first element"):
-        _C.deliver_raw(**{**wrong, "map": 1}, lengths=0, item=1, fill=0, out=1)
-    with pytest.raises(ValueError, match="threads: wanted at least 1, got 0"):
-        _C.deliver_raw(**{**wrong, "threads": 0}, lengths=0, item=1, fill=0, out=1)
-    with pytest.raises(ValueError, match="starts: wanted at least 0, got -1"):
-        _C.deliver_raw(**{**wrong, "first": -1}, lengths=0, item=1, fill=0, out=1)
-    with pytest.raises(ValueError, match="item: wanted 1, 2, 4 or 8 bytes where rows are filled up, got 3"):
-        _C.deliver_raw(**wrong, lengths=lengths.ctypes.data, item=3, fill=0, out=1)
-    for name, value, words in [("word", 3, "2 or 4 bytes, got 3"), ("run", 4, "length: wanted a multiple of C run")]:
-        pixels = {"tables": 1, "word": 4, "C": 1, "run": 1, "mean": 0, "std": 0, name: value}
+def reader_of(path: Path, **other: object) -> _C.Reader:
+    status = os.stat(path)
+    known = {"known": files._identity(status), "numbered": True, "path": os.fsencode(path)}
+    return _C.Reader(os.open(path, os.O_RDONLY), **{**known, **other})
+
+
+def test_the_compiled_loops_name_what_is_wrong(tmp_path):
+    reader, lengths = reader_of(write(tmp_path / "x", bytes(100))), np.array([2])
+    where = {"way": 0, "begin": 0, "end": 6, "starts": 0, "first": 0, "step": 1, "lengths": 0, "R": 1, "length": 6}
+    raw = {**where, "threads": 1, "item": 1, "fill": 0, "out": 1}
+    for change, words in [
+        ({"out": 0}, "out: wanted the address of its first element"),
+        ({"threads": 0}, "threads: wanted at least 1, got 0"),
+        ({"first": -1}, "starts: wanted at least 0, got -1"),
+        ({"begin": -1}, "begin: wanted at least 0, got -1"),
+        ({"end": -1}, "end: wanted at least 0, got -1"),
+        ({"way": 3}, "way: wanted a code from 0 to 2, got 3"),
+        (
+            {"lengths": lengths.ctypes.data, "item": 3},
+            "item: wanted 1, 2, 4 or 8 bytes where rows are filled up, got 3",
+        ),
+    ]:
         with pytest.raises(ValueError, match=words):
-            _C.deliver_pixels(**wrong, **pixels, out=1)
+            reader.deliver_raw(**{**raw, **change})
     with pytest.raises(ValueError, match="stored: wanted a code from 0 to 6, got 7"):
-        _C.deliver_integers(**wrong, lengths=0, stored=7, fill=0, out=1)
+        reader.deliver_integers(**where, threads=1, stored=7, fill=0, out=1)
+    table = np.zeros((1, 256), np.float32)
+    pixels = {"tables": table.ctypes.data, "word": 4, "C": 1, "run": 1, "mean": 0, "std": 0}
+    for change, words in [
+        ({"word": 3}, "word: wanted 2 or 4 bytes, got 3"),
+        ({"C": 0}, "C: wanted at least 1, got 0"),
+        ({"run": 0}, "run: wanted at least 1, got 0"),
+        ({"tables": 0}, "tables: wanted the address of its first element"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            _C.Shades(**{**pixels, **change})
+    with pytest.raises(ValueError, match="length: wanted a multiple of C run, got 6"):
+        reader.deliver_pixels(**where, threads=1, shades=_C.Shades(**{**pixels, "run": 4}), out=1)
+    with pytest.raises(ValueError, match="descriptor: wanted at least 0, got -1"):
+        _C.Reader(-1, b"x", (0, 0, 0, 0, 0), True)
 
 
 # Which way
 
 
+def tried_until_chosen(reading: Reading, seconds) -> list[bool]:
+    """Whether each trial was asked to be mapped; `seconds` says how long it took."""
+    tried = []
+    while reading.describe()["io"] == "auto":
+        tried.append(reading.way(TRIAL_BYTES) == MAP_WHAT_IS_THERE)
+        reading.note(tried[-1], TRIAL_BYTES, seconds(tried[-1]))
+    return tried
+
+
 def test_auto_takes_the_way_that_is_faster_by_enough():
-    for mapped, way in [(0.5, "map"), (0.95, "read"), (2.0, "read")]:
-        reading, tried = Reading(), []
-        while reading.describe()["io"] == "auto":
-            tried.append(reading.way(TRIAL_BYTES))
-            reading.note(tried[-1], TRIAL_BYTES, 1e-3 * (mapped if tried[-1] == "map" else 1))
-        assert tried == ["read", "map"] * TRIALS
+    for speed, way in [(0.5, "map"), (0.95, "read"), (2.0, "read")]:
+        reading = Reading()
+        tried = tried_until_chosen(reading, lambda mapped, speed=speed: 1e-3 * (speed if mapped else 1))
+        assert tried == [False, True] * TRIALS
         words = reading.describe()
-        assert words["io"] == way and reading.way(1 << 30) == way
-        assert f"read 0.3 GB/s, map {0.262144 / mapped:.1f} GB/s" in words["io_reason"]
+        assert words["io"] == way and reading.way(1 << 30) == (MAP_WHAT_IS_THERE if way == "map" else READ)
+        assert f"read 0.3 GB/s, map {0.262144 / speed:.1f} GB/s" in words["io_reason"]
+        assert reading.way(TRIAL_BYTES - 1) == READ  # what is small is ruled by other costs
+    assert (Reading("map").way(1), Reading("read").way(1 << 30)) == (MAP, READ)
 
 
 @pytest.mark.parametrize("fast", ["read", "map"])
 def test_a_few_fast_readings_are_chance(fast):
     reading, seen = Reading(), {"read": 0, "map": 0}
-    while reading.describe()["io"] == "auto":
-        way = reading.way(TRIAL_BYTES)
+
+    def seconds(mapped: bool) -> float:
+        way = "map" if mapped else "read"
         seen[way] += 1
-        usual = 2e-3 if way == fast else 1e-3
-        reading.note(way, TRIAL_BYTES, 1e-6 if way == fast and seen[way] <= 3 else usual)
+        return 1e-6 if way == fast and seen[way] <= 3 else 2e-3 if way == fast else 1e-3
+
+    tried_until_chosen(reading, seconds)
     assert reading.describe()["io"] != fast
 
 
-def test_what_is_brought_in_ahead_is_no_trial(tmp_path, monkeypatch):
+def test_what_is_brought_in_ahead_is_no_trial(tmp_path):
     """It comes from a disk; memory is no faster by the other way for that."""
-    corpus = open_corpus(write(tmp_path / "x.bin", bytes(4 << 20)), window=1024)
-    monkeypatch.setattr(MappedFile, "_run_ahead", lambda *where: True)
-    for _ in range(TRIALS):
-        corpus.read(0, 1024)
-    monkeypatch.undo()
-    ways = []
-    note = Reading.note
-    monkeypatch.setattr(Reading, "note", lambda self, way, *rest: ways.append(way) or note(self, way, *rest))
-    for _ in range(4):
-        corpus.read(0, 1024)
-    assert ways == ["read", "map", "read", "map"]
-
-
-def test_what_the_disk_still_has_to_bring_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
-    reading = Reading()
-    while reading.describe()["io"] == "auto":
-        way = reading.way(TRIAL_BYTES)
-        reading.note(way, TRIAL_BYTES, 1e-6 if way == "map" else 1e-3)
-    assert reading.way(TRIAL_BYTES, lambda: True) == "read" and reading.way(TRIAL_BYTES, lambda: False) == "map"
-    path, asked = write(tmp_path / "x.bin", bytes(4 << 20)), []
-    monkeypatch.setattr(files, "_waits", lambda descriptor, byte: asked.append(byte) or True)
-    for io, times in [("map", 0), ("read", 0), ("auto", TRIALS - 1)]:
-        corpus = open_corpus(path, window=1024, io=io)
-        for _ in range(TRIALS):
-            corpus.read(0, 1024)
-        assert len(asked) == times, io
-    assert set(asked) == {(1 << 21) - 1} and corpus.describe()["io_reason"].startswith("fewer than 16 readings")
-
-
-def test_it_waits_for_a_disk_only(tmp_path):
-    path = write(tmp_path / "x.bin", bytes(4 << 20))
-    with open(path, "rb") as file:
-        file.read()
-        assert not files._waits(file.fileno(), 100) and not files._waits(file.fileno(), 5 << 20)
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            os.preadv(file.fileno(), [bytearray(1)], 100, os.RWF_NOWAIT)
-        except BlockingIOError:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            assert files._waits(file.fileno(), 3 << 20)
-        except OSError:
-            pytest.skip("this file system does not say what is in memory")
-        else:
-            pytest.skip("this file system keeps what it was asked to let go of")
+    file = MappedFile(write(tmp_path / "x.bin", bytes(4 << 20)))
+    for from_disk, chosen in [(True, "auto"), (False, "map")]:
+        for trial in range(2 * TRIALS):
+            file.hear((0, 0, trial % 2 == 1, from_disk, True, 1e-3 / (1 + trial % 2)), 0, 1 << 20, 1 << 20)
+        assert file.reading.describe()["io"] == chosen
 
 
 def test_small_readings_prove_nothing():
     reading = Reading()
-    for _ in range(100):
-        assert reading.way(TRIAL_BYTES - 1) == "read"
-        reading.note("read", TRIAL_BYTES - 1, 1e-6)
+    for mapped in [False, True] * 100:
+        assert reading.way(TRIAL_BYTES - 1) == READ
+        reading.note(mapped, TRIAL_BYTES - 1, 1e-6)
     assert reading.describe()["io_reason"].startswith("fewer than 16 readings of 256 KiB and more by each way")
 
 
@@ -338,18 +344,23 @@ def test_a_network_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
 
 def test_a_name_leads_to_the_same_file_or_not(tmp_path):
     path = write(tmp_path / "x.bin", bytes(1000))
-    known = files._identity(os.stat(path))
+    known, out = files._identity(os.stat(path)), np.empty(10, np.uint8)
 
-    def leads_to(*known, numbered=True):
-        return _C.leads_to(os.fsencode(path), *known, numbered)
+    def is_same(*known, numbered=True):
+        reader = reader_of(path, known=known, numbered=numbered)
+        return reader.deliver_raw(0, 0, 10, 0, 0, 10, 0, 1, 10, 1, 1, 0, out.ctypes.data)[4]
 
-    assert leads_to(*known) and leads_to(*known, numbered=False)
+    assert is_same(*known) and is_same(*known, numbered=False)
     for i in range(len(known)):
         other = [number + (i == j) for j, number in enumerate(known)]
-        assert not leads_to(*other)
-        assert leads_to(*other, numbered=False) == (i < 2)  # device and inode
+        assert not is_same(*other)
+        assert is_same(*other, numbered=False) == (i < 2)  # device and inode
+    reader = reader_of(path, known=(*known[:4], 1))
+    assert not reader.deliver_raw(0, 0, 10, 0, 0, 10, 0, 1, 10, 1, 1, 0, out.ctypes.data)[4]
+    reader.know(known)
+    assert reader.deliver_raw(0, 0, 10, 0, 0, 10, 0, 1, 10, 1, 1, 0, out.ctypes.data)[4]
     path.unlink()
-    assert not leads_to(*known)
+    assert not reader.deliver_raw(0, 0, 10, 0, 0, 10, 0, 1, 10, 1, 1, 0, out.ctypes.data)[4]
 
 
 @pytest.mark.parametrize("when", [-1, -(2**62), 2**63, 2**64 + 1])
@@ -483,22 +494,46 @@ def test_many_threads_read_at_once(tmp_path, io):
     assert wrong == []
 
 
-def test_two_threads_that_map_a_file_at_once_share_the_mapping(tmp_path, monkeypatch):
-    """The second one's would else take the place of the first one's, which would be unmapped while it is read."""
-    path, real, both = write(tmp_path / "x", bytes(1000)), files.mmap.mmap, threading.Barrier(2, timeout=20)
+def mappings_of(path: Path) -> list[str]:
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
 
-    def at_once(*args, **how):
-        both.wait()
-        return real(*args, **how)
 
-    monkeypatch.setattr(files.mmap, "mmap", at_once)
-    opened, found = MappedFile(path)._open(), []
-    mappers = [threading.Thread(target=lambda: found.append(opened.mapping())) for _ in range(2)]
-    for thread in mappers:
+def test_threads_that_map_a_file_at_once_share_the_mapping(tmp_path):
+    """Another one's would else take the place of the first one's, which would be unmapped while it is read."""
+    corpus = open_corpus(write(tmp_path / "x.bin", bytes(1 << 20)), window=1024, dtype="uint16", io="map")
+    start = threading.Barrier(4, timeout=20)
+
+    def look() -> None:
+        start.wait()
+        corpus.read(0, 512)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
         thread.start()
-    for thread in mappers:
+    for thread in threads:
         thread.join()
-    assert len(found) == 2 and found[0] == found[1] == opened.mapping()
+    assert len(mappings_of(tmp_path / "x.bin")) == 1
+    del corpus
+    gc.collect()
+    assert mappings_of(tmp_path / "x.bin") == []
+
+
+def held_of_files() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))
+
+
+def test_what_is_held_of_mappings_does_not_grow_with_their_number(tmp_path):
+    """Of all files together: if each could hold as much as one, these would."""
+    paths = [write(tmp_path / f"{n}.bin", bytes(12 << 20)) for n in range(8)]
+    corpora = [open_corpus(path, window=1024, dtype="uint16", io="map") for path in paths]
+    corpora[0].read(0, 512)
+    before, held = held_of_files(), []
+    for corpus in corpora:
+        for start in range(0, len(corpus), 512):
+            corpus.read(start, start + 512)
+            held.append(held_of_files() - before)
+    assert 4 << 20 < max(held) < 32 << 20
 
 
 def test_no_more_files_are_held_open_than_allowed(tmp_path, monkeypatch):

@@ -101,13 +101,13 @@ from finf_fast.corpus import open_corpus
 from finf_fast.records import DamagedFile
 corpus = open_corpus(sys.argv[1], window=1024, io="map")
 (file,), out = corpus._files(), np.empty(corpus.window * len(corpus), np.int64)
-second = file.begin(0, file.size, file.size, way="map")
+second = file.opened().reader
 try:
     corpus.read(0, 100)
 except DamagedFile as error:
     print(error)
-where = dict(zip(("descriptor", "map", "spoilt"), second.where), starts=0, first=0, step=2048, lengths=0)
-error, _ = _C.deliver_integers(**where, R=100, length=1024, threads=1, stored=2, fill=0, out=out.ctypes.data)
+error, *_ = second.deliver_integers(way=1, begin=0, end=204800, starts=0, first=0, step=2048, lengths=0, R=100,
+                                    length=1024, threads=1, stored=2, fill=0, out=out.ctypes.data)
 print(errno.errorcode[error])
 print(corpus.read(0, len(corpus)).sum().item())
 """

@@ -1,7 +1,6 @@
 // The border of the CUDA kernels with Python: addresses and the stream come in as whole numbers. Nothing waits for the
 // device.
-#include <pybind11/pybind11.h>
-
+#include "../border.h"
 #include "../check.h"
 #include "cross_entropy_delta.h"
 #include "decode_pixels.h"
@@ -12,15 +11,9 @@
 #include "tiles/cross_entropy_delta.inl.h"
 #include "tiles/topk_merge.inl.h"
 
-namespace py = pybind11;
-using namespace py::literals;
-
 namespace {
 
-template <class T>
-T* memory(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using finf::memory;
 
 finf::cuda::Place place(int device, uintptr_t stream) { return {device, memory<void>(stream)}; }
 

@@ -41,7 +41,9 @@ struct Work {
     const Take& take;
 
     Work(const FileRows& given, int64_t item, const Take& take)
-        : rows(given), item(item), piece(given.file.map ? MAP_PIECE : READ_PIECE), take(take) {
+        : rows(given), item(item), piece(READ_PIECE), take(take) {
+        if (rows.file.map) piece = std::clamp(rows.R * rows.length * item / threads() + item, READ_PIECE, MAP_PIECE);
+        piece -= piece % item;
         if (!rows.starts && !rows.lengths && rows.step == rows.length * item) {
             rows.length *= rows.R;
             rows.R = 1;
@@ -71,16 +73,13 @@ Outcome Work::bring(int64_t row, int64_t last, int64_t from, int64_t end, uint8_
         const int64_t begin = std::max(from, start(row)), stop = std::min(end, start(row) + bytes(row));
         take(seen.bytes + (begin - from), row * rows.length + (begin - start(row)) / item, (stop - begin) / item);
     }
-    if (rescue.needed()) return {EFAULT, from};
-    let_go(rows.file, from, end - from);
-    return {};
+    return rescue.needed() ? Outcome{EFAULT, from} : Outcome{};
 }
 
 Outcome Work::run(int64_t task, uint8_t* room) const {
-    const int64_t in_piece = piece / item * item;
     if (pieces() > 1) {
-        const int64_t row = task / pieces(), from = start(row) + task % pieces() * in_piece;
-        const int64_t end = std::min(start(row) + bytes(row), from + in_piece);
+        const int64_t row = task / pieces(), from = start(row) + task % pieces() * piece;
+        const int64_t end = std::min(start(row) + bytes(row), from + piece);
         return from < end ? bring(row, row + 1, from, end, room) : Outcome{};
     }
     int64_t row = task * group();
@@ -162,96 +161,11 @@ void fill_up(const FileRows& rows, int64_t item, int64_t fill, uint8_t* out) {
     }
 }
 
-// One channel after another, `run` pixels each, by table.
 template <class Word>
-void look_up(const uint8_t* from, int64_t count, const Word* tables, int64_t C, int64_t run, int64_t phase, Word* to) {
-    int64_t c = phase / run, left = run - phase % run;
-    for (int64_t i = 0; i < count; left = run, c = c + 1 < C ? c + 1 : 0) {
-        const Word* table = tables + 256 * c;
-        for (const int64_t end = std::min(count, i + left); i < end; ++i) to[i] = table[from[i]];
-    }
-}
-
-void shade(const uint8_t* from, int64_t count, const PixelRule& rule, int64_t phase, uint32_t* to) {
-    kernels().delivery->shade_f32(from, count, rule, phase, reinterpret_cast<float*>(to));
-}
-void shade(const uint8_t* from, int64_t count, const PixelRule& rule, int64_t phase, uint16_t* to) {
-    kernels().delivery->shade_bf16(from, count, rule, phase, reinterpret_cast<Bf16*>(to));
-}
-
-// The arithmetic of channels [first, first + count) taking turns.
-PixelRule rule_of(const Pixels& pixels, int64_t first, int64_t count) {
-    PixelRule rule = {};
-    rule.period = 16 * count;
-    for (int64_t i = 0; i < PixelRule::SIZE; ++i) {
-        const int64_t c = first + i % count;
-        const double scale = 1.0 / 255.0, spread = 1.0 / static_cast<double>(pixels.std[c]);
-        rule.gain[i] = static_cast<float>(scale * spread);
-        rule.offset[i] = static_cast<float>(-static_cast<double>(pixels.mean[c]) * spread);
-        rule.scale[i] = static_cast<float>(scale);
-        rule.scale_rest[i] = static_cast<float>(scale - static_cast<double>(rule.scale[i]));
-        rule.mean[i] = pixels.mean[c];
-        rule.spread[i] = static_cast<float>(spread);
-        rule.spread_rest[i] = static_cast<float>(spread - static_cast<double>(rule.spread[i]));
-    }
-    return rule;
-}
-
-// Whether the arithmetic gives what the table has, to the bit, for every pixel there can be.
-template <class Word>
-bool agrees(const PixelRule& rule, const Word* tables, int64_t channels) {
-    uint8_t pixels[256 * PixelRule::MOST_CHANNELS];
-    Word got[256 * PixelRule::MOST_CHANNELS];
-    const int64_t count = 256 * channels;
-    for (int64_t i = 0; i < count; ++i) pixels[i] = static_cast<uint8_t>(i / channels);
-    shade(pixels, count, rule, 0, got);
-    for (int64_t i = 0; i < count; ++i) {
-        if (got[i] != tables[256 * (i % channels) + i / channels]) return false;
-    }
-    return true;
-}
-
-// Rules of what can be computed instead of looked up: channels that take turns, or each for itself; else none.
-template <class Word>
-std::vector<PixelRule> rules_of(const Pixels& pixels, const Word* tables) {
-    std::vector<PixelRule> rules;
-    const bool turns = pixels.run == 1 && pixels.C <= PixelRule::MOST_CHANNELS;
-    if (!pixels.mean || !pixels.std || (pixels.run == 1 && !turns)) return rules;
-    const int64_t together = turns ? pixels.C : 1;
-    for (int64_t c = 0; c < pixels.C; c += together) {
-        rules.push_back(rule_of(pixels, c, together));
-        PixelRule& rule = rules.back();
-        rule.one_step = true;
-        if (agrees(rule, tables + 256 * c, together)) continue;
-        rule.one_step = false;
-        if (!agrees(rule, tables + 256 * c, together)) return {};
-    }
-    return rules;
-}
-
-template <class Word>
-void compute(const uint8_t* from, int64_t count, const std::vector<PixelRule>& rules, int64_t run, int64_t phase,
-             Word* to) {
-    if (run == 1) return shade(from, count, rules[0], phase, to);
-    size_t c = static_cast<size_t>(phase / run);
-    int64_t left = run - phase % run;
-    for (int64_t i = 0; i < count; left = run, c = c + 1 < rules.size() ? c + 1 : 0) {
-        const int64_t here = std::min(count - i, left);
-        shade(from + i, here, rules[c], 0, to + i);
-        i += here;
-    }
-}
-
-template <class Word>
-Outcome deliver_words(const FileRows& rows, const Pixels& pixels, Word* out, bool past) {
-    const Word* tables = static_cast<const Word*>(pixels.tables);
-    const std::vector<PixelRule> rules = rules_of(pixels, tables);
-    const int64_t C = pixels.C, run = pixels.run;
+Outcome deliver_words(const FileRows& rows, const Shades& shades, Word* out, bool past) {
     return deliver(rows, 1, [&, out, past](const uint8_t* from, int64_t place, int64_t count) {
         convert(out + place, count, past, [&, from, place](int64_t first, int64_t n, Word* to) {
-            const int64_t phase = (place + first) % (C * run);
-            if (rules.empty()) return look_up(from + first, n, tables, C, run, phase, to);
-            compute(from + first, n, rules, run, phase, to);
+            shades.apply(from + first, n, place + first, to);
         });
     });
 }
@@ -283,19 +197,15 @@ Outcome deliver_raw(const FileRows& rows, int64_t item, int64_t fill, uint8_t* o
     });
 }
 
-Outcome deliver_pixels(const FileRows& rows, const Pixels& pixels, void* out) {
+Outcome deliver_pixels(const FileRows& rows, const Shades& shades, void* out) {
     check(rows, 1, out);
     require(!rows.lengths, "lengths", "rows of one length", "others");
-    require_size("C", pixels.C, 1);
-    require_size("run", pixels.run, 1);
-    require(rows.length % (pixels.C * pixels.run) == 0, "length", "a multiple of C run", rows.length);
-    require(pixels.word == 2 || pixels.word == 4, "word", "2 or 4 bytes", pixels.word);
-    require_memory("tables", pixels.tables, true);
-    const int64_t row_bytes = rows.length * pixels.word;
+    require(rows.length % shades.round() == 0, "length", "a multiple of C run", rows.length);
+    const int64_t row_bytes = rows.length * shades.word();
     expect_writing(out, rows.R * row_bytes);
     const bool past = goes_past_cache(out, row_bytes, rows.R * row_bytes);
-    if (pixels.word == 2) return deliver_words(rows, pixels, static_cast<uint16_t*>(out), past);
-    return deliver_words(rows, pixels, static_cast<uint32_t*>(out), past);
+    if (shades.word() == 2) return deliver_words(rows, shades, static_cast<uint16_t*>(out), past);
+    return deliver_words(rows, shades, static_cast<uint32_t*>(out), past);
 }
 
 }  // namespace finf

@@ -5,6 +5,7 @@
 
 #include "../check.h"
 #include "file.h"
+#include "shades.h"
 
 namespace finf {
 
@@ -25,16 +26,7 @@ Outcome deliver_integers(const FileRows& rows, Stored stored, int64_t fill, int6
 // Items of `item` bytes as they are; where short rows are filled up, with the low bytes of `fill`, 1, 2, 4 or 8.
 Outcome deliver_raw(const FileRows& rows, int64_t item, int64_t fill, uint8_t* out);
 
-// What stands for a byte: tables (C, 256) of words of 2 or 4 bytes, table c for `run` bytes of a row, then the next,
-// and the first again; a row is a whole number of such rounds. Where the words are (x / 255 - mean) / std in float32 or
-// bfloat16, mean and std (C) make it fast: the numbers are then computed, if that gives the table's to the last bit.
-struct Pixels {
-    const void* tables;
-    int64_t word, C, run;
-    const float *mean, *std;  // or null
-};
-
-// out (R, length) words.
-Outcome deliver_pixels(const FileRows& rows, const Pixels& pixels, void* out);
+// out (R, length) words; a row is a whole number of rounds.
+Outcome deliver_pixels(const FileRows& rows, const Shades& shades, void* out);
 
 }  // namespace finf

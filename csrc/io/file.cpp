@@ -9,6 +9,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #endif
 
@@ -47,6 +48,17 @@ Outcome read_at(int descriptor, uint8_t* to, int64_t first, int64_t bytes) {
     return {};
 }
 
+bool is_missing(int descriptor, int64_t byte) {
+#if defined(RWF_NOWAIT)  // since glibc 2.27, and not in every other C library
+    char room;
+    const struct iovec one = {&room, 1};
+    return preadv2(descriptor, &one, 1, static_cast<off_t>(byte), RWF_NOWAIT) < 0 && errno == EAGAIN;
+#else
+    static_cast<void>(descriptor), static_cast<void>(byte);
+    return false;
+#endif
+}
+
 Seen bring_in(const OpenFile& file, uint8_t* room, int64_t first, int64_t bytes) {
 #if defined(__linux__)
     if (file.map) {
@@ -56,19 +68,6 @@ Seen bring_in(const OpenFile& file, uint8_t* room, int64_t first, int64_t bytes)
     }
 #endif
     return {room, read_at(file.descriptor, room, first, bytes)};
-}
-
-void let_go(const OpenFile& file, int64_t first, int64_t bytes) {
-#if defined(__linux__)
-    static const int64_t page = sysconf(_SC_PAGESIZE);
-    const int64_t from = first / page * page;
-    if (file.map) {
-        // Refused, it changes nothing but what the process holds.
-        madvise(const_cast<uint8_t*>(file.map) + from, static_cast<size_t>(first - from + bytes), MADV_DONTNEED);
-    }
-#else
-    static_cast<void>(file), static_cast<void>(first), static_cast<void>(bytes);
-#endif
 }
 
 bool leads_to(const char* path, const Identity& known, bool numbered) {

@@ -26,15 +26,15 @@ struct Outcome {
 // Bytes [first, first + bytes) into `to`, whatever signals or short reads come between.
 Outcome read_at(int descriptor, uint8_t* to, int64_t first, int64_t bytes);
 
+// Whether the disk has yet to bring a byte; no where the system cannot say.
+bool is_missing(int descriptor, int64_t byte);
+
 // Where bytes [first, first + bytes) can be seen: in the mapping, or in `room`, which holds as many.
 struct Seen {
     const uint8_t* bytes;
     Outcome outcome;
 };
 Seen bring_in(const OpenFile& file, uint8_t* room, int64_t first, int64_t bytes);
-
-// The process forgets the pages of these bytes, so that what it holds does not grow with the file.
-void let_go(const OpenFile& file, int64_t first, int64_t bytes);
 
 // What stays the same of a file as long as nobody touches it.
 struct Identity {

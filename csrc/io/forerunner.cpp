@@ -4,7 +4,7 @@
 #include <sys/uio.h>
 #endif
 
-#if defined(RWF_NOWAIT)  // since glibc 2.27, and not in every other C library
+#if defined(RWF_NOWAIT)  // without it nobody knows what is missing (file.cpp)
 
 #include <errno.h>
 #include <fcntl.h>
@@ -21,6 +21,7 @@
 #include <thread>
 
 #include "../of_this_process.h"
+#include "file.h"
 
 namespace finf {
 namespace {
@@ -36,13 +37,6 @@ constexpr int64_t GONE_BACK = AHEAD + 2 * PIECE;
 constexpr int64_t SAME_PAGE = int64_t{1} << 16;
 // Read at a time: more files than belong to one sample.
 constexpr size_t STREAMS = 4;
-
-// Whether the disk has yet to bring a byte; no where the system cannot say.
-bool is_missing(int descriptor, int64_t byte) {
-    char room;
-    const struct iovec one = {&room, 1};
-    return preadv2(descriptor, &one, 1, static_cast<off_t>(byte), RWF_NOWAIT) < 0 && errno == EAGAIN;
-}
 
 // A file that a reader has open, whenever that closes it, and opened a second time: what the system remembers of a
 // reader, so as to read ahead for it, belongs to the first opening. Opening may hang, on a network, where duplicating

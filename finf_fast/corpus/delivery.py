@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,12 @@ class Shades:
     mean: Tensor
     std: Tensor
 
+    @cached_property
+    def compiled(self) -> Any:
+        """The same for the compiled loops, which have a copy."""
+        table, place = self.table, (self.mean.data_ptr(), self.std.data_ptr())
+        return compiled().Shades(table.data_ptr(), table.itemsize, len(table), self.run, *place)
+
     def __reduce__(self):
         # As arrays: torch moves a tensor that multiprocessing pickles to other memory, from under a thread that reads.
         table = self.table.view(torch.uint8).numpy()
@@ -67,14 +74,10 @@ def integers(
     """
     lengths = None if lengths is None else np.ascontiguousarray(lengths, np.int64)
     out = array.file.reading.slots.empty((len(starts), length), torch.int64)
-    loops, code = _loops(array), STORED.get(array.dtype.str[1:])
-    if loops is None or code is None:
+    code = STORED.get(array.dtype.str[1:]) if _is_compiled(array) else None
+    if code is None:
         return _one_by_one(array, starts, length, lengths, out.fill_(fill), widened)
-
-    def deliver(*where: int) -> tuple[int, int]:
-        return loops.deliver_integers(*where, code, fill, out.data_ptr())
-
-    if not _delivered(array, starts, length, lengths, deliver):
+    if not _delivered("deliver_integers", array, starts, length, lengths, code, fill, out.data_ptr()):
         out.fill_(fill)
     return out
 
@@ -90,53 +93,46 @@ def as_stored(
     lengths = None if lengths is None else np.ascontiguousarray(lengths, np.int64)
     plain = torch.from_numpy(np.empty(0, array.dtype.newbyteorder("="))).dtype
     out = array.file.reading.slots.empty((len(starts), length), plain)
-    loops = _loops(array)
-    if loops is None:
+    if not _is_compiled(array):
         return _one_by_one(array, starts, length, lengths, out.fill_(fill), _native)
-
-    def deliver(*where: int) -> tuple[int, int]:
-        return loops.deliver_raw(*where, array.dtype.itemsize, fill, out.data_ptr())
-
-    if not _delivered(array, starts, length, lengths, deliver):
+    if not _delivered("deliver_raw", array, starts, length, lengths, array.dtype.itemsize, fill, out.data_ptr()):
         out.fill_(fill)
     return out
 
 
-def shaded(array: MappedArray, starts: Starts, shape: tuple[int, ...], shades: Shades) -> Tensor:
-    """Runs of uint8 pixels as (B, *shape) of the dtype and the numbers that ``shades`` gives them."""
-    length, table = math.prod(shape), shades.table
-    out = array.file.reading.slots.empty((len(starts), *shape), table.dtype)
-    loops = _loops(array)
-    if loops is None:
-        _one_by_one(array, starts, length, None, out.view(len(starts), length), lambda raw: _looked_up(raw, shades))
-        return out
+def shaded(
+    array: MappedArray,
+    starts: Starts,
+    shades: Shades,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Runs of uint8 pixels as (B, *shape) of the dtype and the numbers that ``shades`` gives them.
 
-    def deliver(*where: int) -> tuple[int, int]:
-        *place, _, count, length, threads = where
-        return loops.deliver_pixels(
-            *(*place, count, length, threads),
-            *(table.data_ptr(), table.itemsize, len(table), shades.run),
-            *(shades.mean.data_ptr(), shades.std.data_ptr(), out.data_ptr()),
-        )
-
-    _delivered(array, starts, length, None, deliver)
+    Args:
+        strides: of ``shape``, where its dimensions are stored in another order; None where they lie as they are.
+    """
+    length = math.prod(shape)
+    whole = None if strides is None else (length, *strides)
+    out = array.file.reading.slots.empty((len(starts), *shape), shades.table.dtype, whole)
+    if _is_compiled(array):
+        _delivered("deliver_pixels", array, starts, length, None, shades.compiled, out.data_ptr())
+    else:
+        flat = out.as_strided((len(starts), length), (length, 1))
+        _one_by_one(array, starts, length, None, flat, lambda raw: _looked_up(raw, shades))
     return out
 
 
-def _loops(array: MappedArray) -> ModuleType | None:
-    """The compiled loops, where they are there and know the byte order."""
-    return compiled() if array.dtype.isnative else None
+def _is_compiled(array: MappedArray) -> bool:
+    """Whether the compiled loops are there, and know the byte order."""
+    return compiled() is not None and array.dtype.isnative
 
 
 def _delivered(
-    array: MappedArray,
-    starts: Starts,
-    length: int,
-    lengths: np.ndarray | None,
-    deliver: Callable[..., tuple[int, int]],
+    loop: str, array: MappedArray, starts: Starts, length: int, lengths: np.ndarray | None, *rest: Any
 ) -> bool:
     """Give a compiled loop the file and the places of the runs; False where there is nothing to read."""
-    item, firsts = array.dtype.itemsize, None
+    file, item, firsts = array.file, array.dtype.itemsize, None
     first, stop = _bounds(array, starts, length, lengths)
     if first == stop:
         return False
@@ -147,14 +143,12 @@ def _delivered(
         firsts = array.offset + np.asarray(starts, np.int64) * item
         where = firsts.ctypes.data, 0, 0
     items = len(starts) * length if lengths is None else int(lengths.sum())
-    source = array.file.begin(begin, end, min(end - begin, items * item))
-    error, byte = deliver(
-        *(*source.where, *where, 0 if lengths is None else lengths.ctypes.data),
-        *(len(starts), length, array.file.reading.threads),
+    count, opened, reading = min(end - begin, items * item), file.opened(), file.reading
+    told = getattr(opened.reader, loop)(
+        *(reading.way(count), begin, end, *where, 0 if lengths is None else lengths.ctypes.data),
+        *(len(starts), length, reading.threads, *rest),
     )
-    if error:
-        array.file.refuse(error, byte, end)
-    array.file.end(source)
+    file.hear(told, begin, end, count)
     return True
 
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import errno
 import math
-import mmap
 import os
 import stat
 import threading
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,9 +32,6 @@ __all__ = ["MappedArray", "MappedFile"]
 # Files held open at a time, of the 100,000 that a corpus may have: a process may open 1024, and on some file systems
 # 590 maps are the limit.
 MOST_OPEN = 128
-# Bytes between the end of a reading and the next for which that follows it (windows overlap by a token), and of one
-# that is worth reading ahead for: what is smaller, a fingerprint's piece above all, says little of what comes next.
-NEXT, AHEAD_FROM = 4096, 1 << 17
 Decoded = TypeVar("Decoded")
 
 
@@ -60,17 +55,17 @@ class MappedFile:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"source: wanted a regular file, got {self.name!r}")
         self.reading = reading_of_new_files()
-        self._opened: _Opened | None = None
-        self._reached = 0  # where the last reading ended
-        opened = self._open()
-        status = os.fstat(opened.descriptor)
+        self._opened: Opened | None = None
+        descriptor = self._descriptor()
+        status = os.fstat(descriptor)
         self.size, self.changed_ns = status.st_size, status.st_mtime_ns
         # One tuple, which another thread finds as it was or as it is.
         self._known = _identity(status), _attributes(status)
         # Some network file systems number their files anew; there the times of change have to do.
-        self._numbered = not _on_network(opened.descriptor)
+        self._numbered = not _on_network(descriptor)
         if not self._numbered:
             self.reading.settle_for_network()
+        self._hold(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and one in another process, opens the file for itself: a descriptor has one owner, who closes it."""
@@ -90,37 +85,26 @@ class MappedFile:
         if start == stop:
             yield np.empty(0, np.uint8)
             return
-        source = self.begin(start, stop, stop - start, way="read")
-        yield self._copied(source.opened.descriptor, start, stop)
-        self.end(source)
+        opened = self.opened()
+        if stop > self.size:
+            wanted = f"bytes up to {stop}, got a file of {self.size} bytes"
+            raise DamagedFile(f"{self.name}: is truncated: wanted {wanted}")
+        yield self._copied(opened.descriptor, start, stop)
+        self.require_same(start)
 
-    def begin(self, start: int, stop: int, count: int, way: str | None = None) -> Source:
-        """The open file, for a reading of ``count`` bytes between ``start`` and ``stop``, which :meth:`end` ends.
-
-        What is mapped may only be looked at by compiled loops, which survive its going away.
-
-        Raises:
-            DamagedFile: as for :meth:`view`.
-        """
-        opened = self._open()
-        ahead = self._run_ahead(opened, start, stop)
-        way = way or self.reading.way(count, lambda: ahead or _waits(opened.descriptor, stop - 1))
-        # What ends too early is noticed while it is read; only of a mapping it has to be known before.
-        self._require(stop, os.fstat(opened.descriptor).st_size if way == "map" else self.size)
-        where = (opened.descriptor, *(opened.mapping() if way == "map" else (0, 0)))
-        return Source(where, opened, start, stop, count, way, ahead, time.perf_counter())
-
-    def end(self, source: Source) -> None:
-        """Check what was read.
+    def hear(self, told: tuple[int, int, bool, bool, bool, float], start: int, stop: int, count: int) -> None:
+        """What a compiled reading of ``count`` bytes between ``start`` and ``stop`` told (``_C.Reader``).
 
         Raises:
             DamagedFile: as for :meth:`view`.
         """
-        if source.ahead:  # a reading may be longer than what is brought in ahead of where it began
-            compiled().run_ahead(source.opened.descriptor, source.stop, self.size)
-        else:  # what comes from a disk says nothing of either way
-            self.reading.note(source.way, source.count, time.perf_counter() - source.since)
-        self.require_same(source.start)
+        error, byte, mapped, from_disk, same, seconds = told
+        if error:
+            self.refuse(error, byte, stop)
+        if not from_disk:  # what comes from a disk says nothing of either way
+            self.reading.note(mapped, count, seconds)
+        if not same:
+            self.require_same(start)
 
     def require_same(self, start: int) -> None:
         """Check that the name still leads to the file that was opened, as it was; ``start`` is for the message.
@@ -128,9 +112,6 @@ class MappedFile:
         Raises:
             DamagedFile: it does not.
         """
-        loops = compiled()
-        if loops is not None and loops.leads_to(self._encoded, *self._known[0], self._numbered):
-            return
         try:
             now = os.stat(self._place)
         except OSError as error:
@@ -142,6 +123,9 @@ class MappedFile:
         if not _only_attributes(known, (identity, _attributes(now))):
             raise DamagedFile(f"{self.name}: {self._what_happened(now)} while it was read, at byte {start}")
         self._known = identity, _attributes(now)
+        opened = self._opened
+        if opened is not None:
+            opened.know(identity)
 
     def refuse(self, error: int, start: int, stop: int) -> None:
         """Say what an error of a reading that broke off at byte ``start`` means: an errno, or -1 for an early end.
@@ -177,11 +161,6 @@ class MappedFile:
         kept = now.st_mtime_ns == self.changed_ns
         return "changed (content, with its time put back, or attributes)" if kept else "was written to"
 
-    def _require(self, stop: int, now: int) -> None:
-        if stop > min(now, self.size):
-            verb = "shrank" if now < self.size else "is truncated"
-            raise DamagedFile(f"{self.name}: {verb}: wanted bytes up to {stop}, got a file of {now} bytes")
-
     def _copied(self, descriptor: int, start: int, stop: int) -> np.ndarray:
         copy = self.reading.slots.empty((stop - start,), torch.uint8).numpy()
         left, at = memoryview(copy), start
@@ -196,48 +175,26 @@ class MappedFile:
         copy.flags.writeable = False
         return copy
 
-    def _run_ahead(self, opened: _Opened, start: int, stop: int) -> bool:
-        """Have what comes from a disk brought into memory from here on, if this reading follows the last one."""
-        follows, self._reached = abs(start - self._reached) <= NEXT, stop
-        loops = compiled()
-        worth = loops is not None and follows and stop - start >= AHEAD_FROM
-        return worth and loops.run_ahead(opened.descriptor, start, self.size)
+    def opened(self) -> Opened:
+        """What holds it open; opened again if too many files were opened since."""
+        return self._opened or self._hold(self._descriptor())
 
-    def _open(self) -> _Opened:
-        opened = self._opened
-        if opened is None or opened.is_spoilt:
-            try:
-                opened = self._opened = _Opened(self._place)
-            except FileNotFoundError:
-                if hasattr(self, "size"):
-                    self.require_same(0)
-                raise
-            _held_open(self)
+    def _descriptor(self) -> int:
+        try:
+            return os.open(self._place, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            if hasattr(self, "size"):
+                self.require_same(0)
+            raise
+
+    def _hold(self, descriptor: int) -> Opened:
+        opened = self._opened = Opened(descriptor, self._encoded, self._known[0], self._numbered)
+        _held_open(self)
         return opened
 
     def _bytes(self, start: int, stop: int) -> bytes:
         with self.view(start, stop) as raw:
             return raw.tobytes()
-
-
-class Source(NamedTuple):
-    """A reading that has begun.
-
-    Attributes:
-        where: for the compiled loops: a descriptor, and where it is to be read through a mapping of it the addresses,
-            else 0, of that and of the int32 which is set when pages of it are not the file's any more.
-        opened: what holds both open.
-        start, stop, count, way, ahead, since: the bytes, and how and since when they are read.
-    """
-
-    where: tuple[int, int, int]
-    opened: _Opened
-    start: int
-    stop: int
-    count: int
-    way: str
-    ahead: bool
-    since: float
 
 
 @dataclass(frozen=True)
@@ -283,32 +240,21 @@ class MappedArray:
         return f"{self.file.name}, byte {self.byte(row)}"
 
 
-class _Opened:
-    """A descriptor, and a mapping made when it is asked for; closed when nobody holds it any more."""
+class Opened:
+    """A descriptor, and the compiled reader (``_C.Reader``) where it is there; closed when nobody holds it any more."""
 
-    def __init__(self, path: str):
-        self._mapped: dict[str, tuple[np.ndarray, tuple[int, int]]] = {}
-        self._spoilt = np.zeros(1, np.int32)
-        self._let_go = getattr(compiled(), "stop_ahead", None)
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    def __init__(self, descriptor: int, path: bytes, known: tuple[int, ...], numbered: bool):
+        loops = compiled()
+        self.descriptor = descriptor
+        self.reader = None if loops is None else loops.Reader(descriptor, path, known, numbered)  # which closes it
 
-    @property
-    def is_spoilt(self) -> bool:
-        """Whether the mapping holds pages that are not the file's, since it shrank or the disk failed."""
-        return bool(self._spoilt[0])
-
-    def mapping(self) -> tuple[int, int]:
-        """Addresses of a mapping of the whole file, and of its mark as spoilt; both live as long as this."""
-        if not self._mapped:
-            mapped = np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
-            # Two threads may come here at once: both get the mapping of the one that is first.
-            self._mapped.setdefault("whole", (mapped, (mapped.ctypes.data, self._spoilt.ctypes.data)))
-        return self._mapped["whole"][1]
+    def know(self, identity: tuple[int, ...]) -> None:
+        """The file's attributes changed, and nothing else."""
+        if self.reader is not None:
+            self.reader.know(identity)
 
     def __del__(self, close=os.close):  # at the end of the interpreter there may be no `os` any more
-        if hasattr(self, "descriptor"):
-            if self._let_go:
-                self._let_go(self.descriptor)
+        if getattr(self, "reader", self) is None:
             close(self.descriptor)
 
 
@@ -360,17 +306,6 @@ def _only_attributes(known: tuple[tuple[int, ...], ...], now: tuple[tuple[int, .
     beside it. What neither sees: a write, its time put back, and a change of attributes, all between two readings.
     """
     return now[0][:-1] == known[0][:-1] and now[1] != known[1]
-
-
-def _waits(descriptor: int, byte: int) -> bool:
-    """Whether the disk still has to bring that byte; False where the system does not say."""
-    try:
-        os.preadv(descriptor, [bytearray(1)], byte, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return True
-    except (AttributeError, OSError):  # neither of all systems nor of all file systems
-        return False
-    return False
 
 
 def _on_network(descriptor: int) -> bool:

@@ -96,7 +96,7 @@ class Pixels:
         if self._as_stored:
             return as_stored(array, starts, count).view(len(starts), *shape)
         if self._scaled:
-            return self._ordered(shaded(array, starts, shape, self._shades))
+            return shaded(array, starts, self._shades, *self._order(shape))
         if self._integers:
             x = integers(array, starts, count)
         else:
@@ -157,6 +157,13 @@ class Pixels:
 
     def _broadcast(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return values.astype(dtype).reshape(-1, *self._trailing)
+
+    def _order(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Sizes and strides of a stored sample as :meth:`_ordered` delivers it; None where it lies as it is stored."""
+        if self.layout == "NHWC":
+            H, W, C = shape
+            return (C, H, W), (1, W * C, C)
+        return (1, *shape) if self.layout == "NHW" else shape, None
 
     def _ordered(self, x: torch.Tensor) -> torch.Tensor:
         if self.layout == "NHWC":

@@ -14,7 +14,7 @@ import functools
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -24,6 +24,7 @@ from finf_fast.corpus.slots import Slots
 __all__ = ["Reading", "adopting", "reading_of_new_files"]
 
 WAYS = ("auto", "map", "read")
+READ, MAP, MAP_WHAT_IS_THERE = range(3)  # finf::Way
 TRIAL_BYTES = 1 << 18  # readings below are ruled by other costs than those that are compared
 TRIALS = 16  # of each way
 # The fourth fastest of them counts: a disk or a neighbour slows many down, and one in sixteen is fast by chance. By the
@@ -60,20 +61,20 @@ class Reading:
         if self._way == "auto":
             self._way, self._reason = "read", "a file lies on a network file system"
 
-    def way(self, count: int, waits: Callable[[], bool] = lambda: False) -> str:
-        """``"map"`` or ``"read"`` for the next reading, of ``count`` bytes; ``waits``: must the disk bring some?"""
+    def way(self, count: int) -> int:
+        """READ, MAP or MAP_WHAT_IS_THERE for the next reading, of ``count`` bytes."""
         if self._asked != "auto":
-            return self._asked
-        tried = {way: len(seconds) for way, seconds in self._seconds.items()}
-        on_trial = count >= TRIAL_BYTES and tried["map"] < tried["read"]
-        mapped = self._way == "map" or (self._way == "auto" and on_trial)
-        return "map" if mapped and not waits() else "read"
+            return MAP if self._asked == "map" else READ
+        if count < TRIAL_BYTES or self._way == "read":
+            return READ
+        tried = self._seconds
+        return MAP_WHAT_IS_THERE if self._way == "map" or len(tried["map"]) < len(tried["read"]) else READ
 
-    def note(self, way: str, count: int, seconds: float) -> None:
+    def note(self, mapped: bool, count: int, seconds: float) -> None:
         """How long a reading took."""
         if self._way != "auto" or count < TRIAL_BYTES:
             return
-        self._seconds[way].append(seconds / count)
+        self._seconds["map" if mapped else "read"].append(seconds / count)
         if min(map(len, self._seconds.values())) >= TRIALS:
             self._choose()
 

@@ -28,13 +28,20 @@ class Slots:
     def __reduce__(self):
         return Slots, ()  # what waits holds nothing that a copy needs
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor on the CPU with nothing in it yet, pinned in a process that uses CUDA."""
-        if torch.cuda.is_initialized():
-            # torch keeps slots of its own here, and knows until when a copy to the device still reads from one.
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A tensor on the CPU with nothing in it yet, pinned in a process that uses CUDA.
+
+        Args:
+            shape, dtype: as of :func:`torch.empty`.
+            strides: in numbers, without gaps in any order of the dimensions; None for those of a contiguous tensor.
+        """
         items = math.prod(shape)
         count = items * dtype.itemsize
-        if self._lent is None or count < SMALL:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._lent.lend(count), dtype=dtype, count=items).view(shape)
+        if torch.cuda.is_initialized():
+            # torch keeps slots of its own here, and knows until when a copy to the device still reads from one.
+            flat = torch.empty(items, dtype=dtype, pin_memory=True)
+        elif self._lent is None or count < SMALL:
+            flat = torch.empty(items, dtype=dtype)
+        else:
+            flat = torch.frombuffer(self._lent.lend(count), dtype=dtype, count=items)
+        return flat.view(shape) if strides is None else flat.as_strided(shape, strides)

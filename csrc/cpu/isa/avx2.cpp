@@ -68,6 +68,17 @@ FINF_INLINE __m128i narrow(Vec a) {
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 FINF_INLINE void store(Bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+// Bytes 2i and bytes 2i + 1; and to bfloat16 in that order: finite numbers, to the nearest, a half away from zero.
+FINF_INLINE void load_apart(const uint8_t* p, Vec& even, Vec& odd) {
+    const __m256i both = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    even = _mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xff)));
+    odd = _mm256_cvtepi32_ps(_mm256_srli_epi32(both, 8));
+}
+FINF_INLINE void store_together(Bf16* p, Vec even, Vec odd) {
+    const __m256i half = _mm256_set1_epi32(0x8000), low = _mm256_add_epi32(_mm256_castps_si256(even.v), half),
+                  high = _mm256_add_epi32(_mm256_castps_si256(odd.v), half);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa));
+}
 // Past the cache, to an address that a vector's size divides; `fence` after the last of them.
 FINF_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 FINF_INLINE void stream(Bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }

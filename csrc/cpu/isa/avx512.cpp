@@ -68,6 +68,17 @@ FINF_INLINE __m256i narrow(Vec a) {
         _mm512_srli_epi32(_mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(1 << 22)), 16));
 }
 FINF_INLINE void store(Bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+// Bytes 2i and bytes 2i + 1; and to bfloat16 in that order: finite numbers, to the nearest, a half away from zero.
+FINF_INLINE void load_apart(const uint8_t* p, Vec& even, Vec& odd) {
+    const __m512i both = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    even = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xff)));
+    odd = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 8));
+}
+FINF_INLINE void store_together(Bf16* p, Vec even, Vec odd) {
+    const __m512i half = _mm512_set1_epi32(0x8000), low = _mm512_add_epi32(_mm512_castps_si512(even.v), half),
+                  high = _mm512_add_epi32(_mm512_castps_si512(odd.v), half);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
+}
 // Past the cache, to an address that a vector's size divides; `fence` after the last of them.
 FINF_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 FINF_INLINE void stream(Bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }

@@ -63,6 +63,20 @@ FINF_INLINE void store(Bf16* p, Vec a) {
     const U4 high = ((near & ~nan) | ((bits | 1 << 22) & nan)) >> 16;
     for (int lane = 0; lane < Vec::W; ++lane) p[lane].bits = static_cast<uint16_t>(high[lane]);
 }
+// Bytes 2i and bytes 2i + 1; and to bfloat16 in that order: finite numbers, to the nearest, a half away from zero.
+FINF_INLINE void load_apart(const uint8_t* p, Vec& even, Vec& odd) {
+    for (int lane = 0; lane < Vec::W; ++lane) {
+        even.v[lane] = static_cast<float>(p[2 * lane]);
+        odd.v[lane] = static_cast<float>(p[2 * lane + 1]);
+    }
+}
+FINF_INLINE void store_together(Bf16* p, Vec even, Vec odd) {
+    const U4 low = ((U4)even.v + 0x8000) >> 16, high = ((U4)odd.v + 0x8000) >> 16;
+    for (int lane = 0; lane < Vec::W; ++lane) {
+        p[2 * lane].bits = static_cast<uint16_t>(low[lane]);
+        p[2 * lane + 1].bits = static_cast<uint16_t>(high[lane]);
+    }
+}
 // There is no portable way past the cache.
 template <class T>
 FINF_INLINE void stream(T* p, Vec a) {

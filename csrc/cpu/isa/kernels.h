@@ -198,13 +198,14 @@ struct AttentionLoops {
     void (*attend)(const Attention&, int64_t begin, int64_t end, float* room);
 };
 
-// (x / 255 - mean) / std of a pixel x, for channels that take turns. 1 / 255 and 1 / std are floats and what these
-// leave. Every array holds the channels over and over: a period, and what whole vectors reach past it from any phase
-// on.
+// (x / 255 - mean) / std of a pixel x, for channels that take turns: as x gain + offset, rounded once, of bfloat16 two
+// vectors at a time; or exactly, 1 / 255 and 1 / std being floats and what these leave. Every array holds the channels
+// over and over: a period, and what whole vectors reach past it from any phase on.
 struct PixelRule {
     static constexpr int64_t MOST_CHANNELS = 4, SIZE = 16 * MOST_CHANNELS + MOST_CHANNELS + 16;
-    int64_t period;  // 16 numbers a channel
-    bool one_step;  // x gain + offset, rounded once, instead: where that gives the same, as for bfloat16 it mostly does
+    enum Way { PAIRS, ONE_STEP, EXACT };  // the first that gives the right bits: of bfloat16 the first mostly does
+    int64_t period;                       // 16 numbers a channel
+    Way way;
     float gain[SIZE], offset[SIZE];
     float scale[SIZE], scale_rest[SIZE], mean[SIZE], spread[SIZE], spread_rest[SIZE];
 };

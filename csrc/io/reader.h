@@ -1,0 +1,67 @@
+// One opening of a file, read again and again: around each reading what belongs to it besides its bytes, so that the
+// caller comes here once. Between two batches Python finds the processor's caches full of pixels: what it did there in
+// four calls and twenty functions took as long as half the conversion.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <string>
+
+#include "file.h"
+
+namespace finf {
+
+// `MAP_WHAT_IS_THERE`: through a mapping unless the disk still has to bring it, since of one the system reads less
+// ahead.
+enum class Way : int { READ = 0, MAP = 1, MAP_WHAT_IS_THERE = 2 };
+
+// Bytes [begin, end) that a reading lies in.
+struct Span {
+    int64_t begin, end;
+};
+
+// How a reading went. `mapped`: through the mapping; `from_disk`: a thread runs ahead of it, so that what it took says
+// nothing of memory; `same`: the name still leads to this file, and it is as it was.
+struct Told {
+    Outcome outcome;
+    bool mapped = false, from_disk = false, same = true;
+    double seconds = 0;
+};
+
+class Reader {
+  public:
+    // Owns the descriptor. `known`: what the file was when it was opened.
+    Reader(int descriptor, std::string path, const Identity& known, bool numbered);
+    Reader(const Reader&) = delete;
+    Reader& operator=(const Reader&) = delete;
+    ~Reader();
+
+    int descriptor() const { return descriptor_; }
+    // Its attributes changed, and nothing else.
+    void know(const Identity& known);
+    // Safe to use from several threads. What ends too early is found before a mapping of it is looked at.
+    Told read(Span span, Way way, const std::function<Outcome(const OpenFile&)>& deliver);
+
+    // The process forgets the pages of the mapping, which stays: whoever looks at one next has it brought in again.
+    void let_go() const;
+
+  private:
+    bool follows(Span span);
+    bool is_same();
+    bool reaches(int64_t end) const;
+    const uint8_t* mapping();
+
+    const int descriptor_;
+    const std::string path_;
+    const int64_t size_;
+    const bool numbered_;
+    std::mutex state_;
+    Identity known_;
+    const uint8_t* map_ = nullptr;
+    Spoilt spoilt_{0};
+    std::atomic<int64_t> reached_{0};  // where the last reading ended
+};
+
+}  // namespace finf
