@@ -1,6 +1,9 @@
 // Calls every compiled operation on buffers of exactly their size, on several threads at once, over every ragged edge
 // of its loops. Built with sanitizers by test_isa.py: a read past an end, an overflow or a race ends the program.
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +11,7 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -25,6 +29,7 @@
 #include "../csrc/cpu/squared_error_delta.h"
 #include "../csrc/cpu/topk_merge.h"
 #include "../csrc/io/deliver.h"
+#include "../csrc/io/reader.h"
 
 namespace {
 
@@ -274,13 +279,50 @@ void deliver_from(const finf::OpenFile& file, const std::vector<uint16_t>& store
     std::vector<float> tables(3 * 256), pixels(30 * 300);
     for (int c = 0; c < 3; ++c)
         for (int x = 0; x < 256; ++x) tables[256 * c + x] = (static_cast<float>(x) / 255.0f - mean[c]) / spread[c];
+    std::vector<finf::Bf16> narrow(tables.size());
+    for (size_t i = 0; i < narrow.size(); ++i) convert(tables[i], narrow[i]);
     for (int64_t run : {1, 4, 100})
-        for (const float* means : {mean, static_cast<const float*>(nullptr)})
-            finf::deliver_pixels({file, nullptr, 5, 301, nullptr, 30, 300, THREADS},
-                                 {tables.data(), 4, 3, run, means, spread}, pixels.data());
+        for (const float* means : {mean, static_cast<const float*>(nullptr)}) {
+            const finf::FileRows rows = {file, nullptr, 5, 301, nullptr, 30, 300, THREADS};
+            finf::deliver_pixels(rows, finf::Shades(tables.data(), 4, 3, run, means, spread), pixels.data());
+            finf::deliver_pixels(rows, finf::Shades(narrow.data(), 2, 3, run, means, spread), pixels.data());
+        }
     // Twice the same row: no reading may be asked for past the end of what is mapped.
     std::vector<uint8_t> twice(4 * count);
     finf::deliver_raw({file, nullptr, 0, 0, nullptr, 2, count, THREADS}, 2, 0, twice.data());
+}
+
+// Two threads at one reader, by all ways, through a file larger than what is held of mappings.
+void readers() {
+    constexpr int64_t BYTES = int64_t{40} << 20, SPAN = int64_t{1} << 20;
+    const std::string path = std::string(P_tmpdir) + "/finf_fast_sanitized_" + std::to_string(getpid());
+    const int descriptor = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    if (descriptor < 0 || ftruncate(descriptor, BYTES) != 0) std::abort();
+    struct stat is;
+    if (fstat(descriptor, &is) != 0) std::abort();
+    const auto nanoseconds = [](const timespec& at) {
+        return static_cast<uint64_t>(at.tv_sec) * 1000000000 + static_cast<uint64_t>(at.tv_nsec);
+    };
+    const finf::Identity known = {is.st_dev, is.st_ino, BYTES, nanoseconds(is.st_mtim), nanoseconds(is.st_ctim)};
+    {
+        finf::Reader reader(descriptor, path, known, true);
+        const auto pass = [&] {
+            std::vector<uint8_t> out(SPAN, 1);
+            for (int64_t at = 0, turn = 0; at < BYTES; at += SPAN, ++turn) {
+                const auto told =
+                    reader.read({at, at + SPAN}, static_cast<finf::Way>(turn % 3), [&](const finf::OpenFile& file) {
+                        return finf::deliver_raw({file, nullptr, at, SPAN, nullptr, 1, SPAN, THREADS}, 1, 0,
+                                                 out.data());
+                    });
+                if (told.outcome.error || !told.same || out[0] || out[SPAN - 1]) std::abort();
+                reader.know(known);
+            }
+        };
+        std::thread other(pass);
+        pass();
+        other.join();
+    }
+    unlink(path.c_str());
 }
 
 void deliveries() {
@@ -303,6 +345,7 @@ void deliveries() {
 void everything() {
     every_head();
     deliveries();
+    readers();
     every_layer();
     std::mt19937 draw(0);
     attend_everywhere(draw);

@@ -500,12 +500,12 @@ def mappings_of(path: Path) -> list[str]:
 
 def test_threads_that_map_a_file_at_once_share_the_mapping(tmp_path):
     """Another one's would else take the place of the first one's, which would be unmapped while it is read."""
-    corpus = open_corpus(write(tmp_path / "x.bin", bytes(1 << 20)), window=1024, dtype="uint16", io="map")
+    corpora = [open_corpus(write(tmp_path / "x.bin", bytes(1 << 20)), window=1024, dtype="uint16", io="map")]
     start = threading.Barrier(4, timeout=20)
 
     def look() -> None:
         start.wait()
-        corpus.read(0, 512)
+        corpora[0].read(0, 512)
 
     threads = [threading.Thread(target=look) for _ in range(4)]
     for thread in threads:
@@ -513,7 +513,7 @@ def test_threads_that_map_a_file_at_once_share_the_mapping(tmp_path):
     for thread in threads:
         thread.join()
     assert len(mappings_of(tmp_path / "x.bin")) == 1
-    del corpus
+    corpora.clear()
     gc.collect()
     assert mappings_of(tmp_path / "x.bin") == []
 

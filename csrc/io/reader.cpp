@@ -23,9 +23,9 @@ namespace {
 // worth running ahead of: what is smaller, an index's piece above all, says little of what comes next.
 constexpr int64_t NEXT = 4096, AHEAD_FROM = int64_t{1} << 17;
 
-// Bytes of mappings that the process may hold, of all files together, before it lets go of them: what it holds shall not
-// grow with the files, but each letting go stops all its threads, on a virtual machine for as long as 500 KiB take to
-// convert.
+// Bytes of mappings that the process may hold, of all files together, before it lets go of them: what it holds shall
+// not grow with the files, but each letting go stops all its threads, on a virtual machine for as long as 500 KiB take
+// to convert.
 constexpr int64_t HELD = int64_t{1} << 24;
 
 // Whose pages are held. A forked child holds none of its parent's readings, but the lock as it was.
