@@ -305,17 +305,16 @@ void readers() {
     };
     const finf::Identity known = {is.st_dev, is.st_ino, BYTES, nanoseconds(is.st_mtim), nanoseconds(is.st_ctim)};
     {
-        finf::Reader reader(descriptor, path, known, true);
+        finf::Reader reader(descriptor, path, BYTES, true);
         const auto pass = [&] {
             std::vector<uint8_t> out(SPAN, 1);
             for (int64_t at = 0, turn = 0; at < BYTES; at += SPAN, ++turn) {
-                const auto told =
-                    reader.read({at, at + SPAN}, static_cast<finf::Way>(turn % 3), [&](const finf::OpenFile& file) {
+                const auto told = reader.read(
+                    {at, at + SPAN}, static_cast<finf::Way>(turn % 3), known, [&](const finf::OpenFile& file) {
                         return finf::deliver_raw({file, nullptr, at, SPAN, nullptr, 1, SPAN, THREADS}, 1, 0,
                                                  out.data());
                     });
                 if (told.outcome.error || !told.same || out[0] || out[SPAN - 1]) std::abort();
-                reader.know(known);
             }
         };
         std::thread other(pass);

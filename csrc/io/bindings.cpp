@@ -14,6 +14,14 @@
 namespace finf {
 namespace {
 
+// What a file was: device, inode, size, times of change of content and of attributes in ns.
+using KnownAs = std::tuple<uint64_t, uint64_t, int64_t, uint64_t, uint64_t>;
+
+Identity identity(const KnownAs& known) {
+    const auto& [device, inode, size, changed_ns, touched_ns] = known;
+    return {device, inode, size, changed_ns, touched_ns};
+}
+
 // Rows of a reading; see deliver.h.
 struct Rows {
     uintptr_t starts;
@@ -29,33 +37,35 @@ struct Rows {
 // (errno or -1 for an early end, byte, mapped, from_disk, same, seconds)
 using Answer = std::tuple<int, int64_t, bool, bool, bool, double>;
 
-Answer answer(Reader& reader, int way, int64_t begin, int64_t end,
+Answer answer(Reader& reader, int way, const KnownAs& known, int64_t begin, int64_t end,
               const std::function<Outcome(const OpenFile&)>& deliver) {
     require(way >= 0 && way <= 2, "way", "a code from 0 to 2", way);
-    const Told told = reader.read({begin, end}, static_cast<Way>(way), deliver);
+    const Told told = reader.read({begin, end}, static_cast<Way>(way), identity(known), deliver);
     return {told.outcome.error, told.outcome.byte, told.mapped, told.from_disk, told.same, told.seconds};
 }
 
-Answer integers(Reader& reader, int way, int64_t begin, int64_t end, uintptr_t starts, int64_t first, int64_t step,
-                uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int stored, int64_t fill,
-                uintptr_t out) {
+Answer integers(Reader& reader, int way, const KnownAs& known, int64_t begin, int64_t end, uintptr_t starts,
+                int64_t first, int64_t step, uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int stored,
+                int64_t fill, uintptr_t out) {
     const Rows rows = {starts, first, step, lengths, R, length, threads};
-    return answer(reader, way, begin, end, [&](const OpenFile& file) {
+    return answer(reader, way, known, begin, end, [&](const OpenFile& file) {
         return deliver_integers(rows.in(file), require_stored("stored", stored), fill, memory<int64_t>(out));
     });
 }
 
-Answer raw(Reader& reader, int way, int64_t begin, int64_t end, uintptr_t starts, int64_t first, int64_t step,
-           uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int64_t item, int64_t fill, uintptr_t out) {
+Answer raw(Reader& reader, int way, const KnownAs& known, int64_t begin, int64_t end, uintptr_t starts, int64_t first,
+           int64_t step, uintptr_t lengths, int64_t R, int64_t length, int64_t threads, int64_t item, int64_t fill,
+           uintptr_t out) {
     const Rows rows = {starts, first, step, lengths, R, length, threads};
-    return answer(reader, way, begin, end,
+    return answer(reader, way, known, begin, end,
                   [&](const OpenFile& file) { return deliver_raw(rows.in(file), item, fill, memory<uint8_t>(out)); });
 }
 
-Answer pixels(Reader& reader, int way, int64_t begin, int64_t end, uintptr_t starts, int64_t first, int64_t step,
-              uintptr_t lengths, int64_t R, int64_t length, int64_t threads, const Shades& shades, uintptr_t out) {
+Answer pixels(Reader& reader, int way, const KnownAs& known, int64_t begin, int64_t end, uintptr_t starts,
+              int64_t first, int64_t step, uintptr_t lengths, int64_t R, int64_t length, int64_t threads,
+              const Shades& shades, uintptr_t out) {
     const Rows rows = {starts, first, step, lengths, R, length, threads};
-    return answer(reader, way, begin, end,
+    return answer(reader, way, known, begin, end,
                   [&](const OpenFile& file) { return deliver_pixels(rows.in(file), shades, memory<void>(out)); });
 }
 
@@ -63,15 +73,8 @@ std::unique_ptr<Shades> shades(uintptr_t tables, int64_t word, int64_t C, int64_
     return std::make_unique<Shades>(memory<void>(tables), word, C, run, memory<float>(mean), memory<float>(std));
 }
 
-using KnownAs = std::tuple<uint64_t, uint64_t, int64_t, uint64_t, uint64_t>;
-
-Identity identity(const KnownAs& known) {
-    const auto& [device, inode, size, changed_ns, touched_ns] = known;
-    return {device, inode, size, changed_ns, touched_ns};
-}
-
-std::unique_ptr<Reader> reader(int descriptor, std::string path, const KnownAs& known, bool numbered) {
-    return std::make_unique<Reader>(descriptor, std::move(path), identity(known), numbered);
+std::unique_ptr<Reader> reader(int descriptor, std::string path, int64_t size, bool numbered) {
+    return std::make_unique<Reader>(descriptor, std::move(path), size, numbered);
 }
 
 void bind_reader(py::module_& module) {
@@ -82,21 +85,19 @@ void bind_reader(py::module_& module) {
         "lengths (R) int64 or `length` items, all in [begin, end) -> out. way: 0 read, 1 mapped, 2 mapped unless the "
         "disk has yet to bring it. Returns (errno, byte, mapped, from_disk, same, seconds): errno 0 when all is well, "
         "-1 where the file ends too early; same: whether its name leads to it still.")
-        .def(py::init(&reader), "descriptor"_a, "path"_a, "known"_a, "numbered"_a,
-             "Owns the descriptor. known: device, inode, size, times of change of content and of attributes in ns, of "
-             "which only the last three count where not numbered.")
+        .def(py::init(&reader), "descriptor"_a, "path"_a, "size"_a, "numbered"_a,
+             "Owns the descriptor. Device and inode are part of what a file was only where numbered.")
         .def_property_readonly("descriptor", &Reader::descriptor)
-        .def(
-            "know", [](Reader& self, const KnownAs& known) { self.know(identity(known)); }, "known"_a)
-        .def("deliver_integers", integers, unlocked, "way"_a, "begin"_a, "end"_a, "starts"_a, "first"_a, "step"_a,
-             "lengths"_a, "R"_a, "length"_a, "threads"_a, "stored"_a, "fill"_a, "out"_a,
+        .def("deliver_integers", integers, unlocked, "way"_a, "known"_a, "begin"_a, "end"_a, "starts"_a, "first"_a,
+             "step"_a, "lengths"_a, "R"_a, "length"_a, "threads"_a, "stored"_a, "fill"_a, "out"_a,
              "-> (R,length) int64, short rows filled up. stored: 0 uint8, 1 int8, 2 uint16, 3 int16, 4 uint32, 5 "
              "int32, 6 int64.")
-        .def("deliver_raw", raw, unlocked, "way"_a, "begin"_a, "end"_a, "starts"_a, "first"_a, "step"_a, "lengths"_a,
-             "R"_a, "length"_a, "threads"_a, "item"_a, "fill"_a, "out"_a,
+        .def("deliver_raw", raw, unlocked, "way"_a, "known"_a, "begin"_a, "end"_a, "starts"_a, "first"_a, "step"_a,
+             "lengths"_a, "R"_a, "length"_a, "threads"_a, "item"_a, "fill"_a, "out"_a,
              "-> (R,length) items of `item` bytes as they are stored.")
-        .def("deliver_pixels", pixels, unlocked, "way"_a, "begin"_a, "end"_a, "starts"_a, "first"_a, "step"_a,
-             "lengths"_a, "R"_a, "length"_a, "threads"_a, "shades"_a, "out"_a, "-> (R,length) words of `shades`.");
+        .def("deliver_pixels", pixels, unlocked, "way"_a, "known"_a, "begin"_a, "end"_a, "starts"_a, "first"_a,
+             "step"_a, "lengths"_a, "R"_a, "length"_a, "threads"_a, "shades"_a, "out"_a,
+             "-> (R,length) words of `shades`.");
 }
 
 void bind_slots(py::module_& module) {

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <mutex>
 #include <unordered_set>
 #include <utility>
 
@@ -58,29 +59,24 @@ std::atomic<Held*> held{nullptr};
 
 }  // namespace
 
-Reader::Reader(int descriptor, std::string path, const Identity& known, bool numbered)
-    : descriptor_(descriptor), path_(std::move(path)), size_(known.size), numbered_(numbered), known_(known) {
+Reader::Reader(int descriptor, std::string path, int64_t size, bool numbered)
+    : descriptor_(descriptor), path_(std::move(path)), size_(size), numbered_(numbered) {
     require_size("descriptor", descriptor);
-    require_size("size", known.size);
+    require_size("size", size);
 }
 
 Reader::~Reader() {
     stop_ahead(descriptor_);
 #if defined(__linux__)
-    if (map_) {
+    if (const uint8_t* const map = map_) {
         of_this_process(held).forget(this);
-        munmap(const_cast<uint8_t*>(map_), static_cast<size_t>(size_));
+        munmap(const_cast<uint8_t*>(map), static_cast<size_t>(size_));
     }
 #endif
     close(descriptor_);
 }
 
-void Reader::know(const Identity& known) {
-    std::lock_guard<std::mutex> lock(state_);
-    known_ = known;
-}
-
-Told Reader::read(Span span, Way way, const std::function<Outcome(const OpenFile&)>& deliver) {
+Told Reader::read(Span span, Way way, const Identity& known, const std::function<Outcome(const OpenFile&)>& deliver) {
     require_size("begin", span.begin);
     require_size("end", span.end, span.begin);
     const auto since = std::chrono::steady_clock::now();
@@ -93,7 +89,7 @@ Told Reader::read(Span span, Way way, const std::function<Outcome(const OpenFile
                                                                    : deliver({descriptor_, map, &spoilt_});
     if (told.from_disk) run_ahead(descriptor_, span.end, size_);  // a reading may be longer than what is brought ahead
     if (map) of_this_process(held).add(this, span.end - span.begin);
-    told.same = is_same();
+    told.same = leads_to(path_.c_str(), known, numbered_);
     told.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - since).count();
     return told;
 }
@@ -101,21 +97,12 @@ Told Reader::read(Span span, Way way, const std::function<Outcome(const OpenFile
 void Reader::let_go() const {
 #if defined(__linux__)
     // Refused, it changes nothing but what the process holds.
-    madvise(const_cast<uint8_t*>(map_), static_cast<size_t>(size_), MADV_DONTNEED);
+    madvise(const_cast<uint8_t*>(map_.load()), static_cast<size_t>(size_), MADV_DONTNEED);
 #endif
 }
 
 bool Reader::follows(Span span) {
     return std::abs(span.begin - reached_.exchange(span.end)) <= NEXT && span.end - span.begin >= AHEAD_FROM;
-}
-
-bool Reader::is_same() {
-    Identity known;
-    {
-        std::lock_guard<std::mutex> lock(state_);
-        known = known_;
-    }
-    return leads_to(path_.c_str(), known, numbered_);
 }
 
 bool Reader::reaches(int64_t end) const {
@@ -125,14 +112,15 @@ bool Reader::reaches(int64_t end) const {
 
 // Of the whole file, made when it is first asked for; null where there is none to be had, and the file is read.
 const uint8_t* Reader::mapping() {
-    std::lock_guard<std::mutex> lock(state_);
+    const uint8_t* seen = map_;
 #if defined(__linux__)
-    if (!map_ && size_ > 0) {
-        void* const found = mmap(nullptr, static_cast<size_t>(size_), PROT_READ, MAP_SHARED, descriptor_, 0);
-        if (found != MAP_FAILED) map_ = static_cast<const uint8_t*>(found);
-    }
+    if (seen || size_ == 0) return seen;
+    const size_t bytes = static_cast<size_t>(size_);
+    void* const fresh = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, descriptor_, 0);
+    if (fresh == MAP_FAILED || map_.compare_exchange_strong(seen, static_cast<const uint8_t*>(fresh))) return map_;
+    munmap(fresh, bytes);  // another thread was first
 #endif
-    return map_;
+    return seen;
 }
 
 }  // namespace finf

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <mutex>
 #include <string>
 
 #include "file.h"
@@ -32,24 +31,23 @@ struct Told {
 
 class Reader {
   public:
-    // Owns the descriptor. `known`: what the file was when it was opened.
-    Reader(int descriptor, std::string path, const Identity& known, bool numbered);
+    // Owns the descriptor. `size`: that of the file when it was opened.
+    Reader(int descriptor, std::string path, int64_t size, bool numbered);
     Reader(const Reader&) = delete;
     Reader& operator=(const Reader&) = delete;
     ~Reader();
 
     int descriptor() const { return descriptor_; }
-    // Its attributes changed, and nothing else.
-    void know(const Identity& known);
-    // Safe to use from several threads. What ends too early is found before a mapping of it is looked at.
-    Told read(Span span, Way way, const std::function<Outcome(const OpenFile&)>& deliver);
+    // `known`: what the file was, or is if others changed its attributes. Safe to use from several threads, and without
+    // a lock: a child forked meanwhile would find it held for ever. What ends too early is found before a mapping of it
+    // is looked at.
+    Told read(Span span, Way way, const Identity& known, const std::function<Outcome(const OpenFile&)>& deliver);
 
     // The process forgets the pages of the mapping, which stays: whoever looks at one next has it brought in again.
     void let_go() const;
 
   private:
     bool follows(Span span);
-    bool is_same();
     bool reaches(int64_t end) const;
     const uint8_t* mapping();
 
@@ -57,9 +55,7 @@ class Reader {
     const std::string path_;
     const int64_t size_;
     const bool numbered_;
-    std::mutex state_;
-    Identity known_;
-    const uint8_t* map_ = nullptr;
+    std::atomic<const uint8_t*> map_{nullptr};
     Spoilt spoilt_{0};
     std::atomic<int64_t> reached_{0};  // where the last reading ended
 };

@@ -145,7 +145,7 @@ def _delivered(
     items = len(starts) * length if lengths is None else int(lengths.sum())
     count, opened, reading = min(end - begin, items * item), file.opened(), file.reading
     told = getattr(opened.reader, loop)(
-        *(reading.way(count), begin, end, *where, 0 if lengths is None else lengths.ctypes.data),
+        *(reading.way(count), file.known, begin, end, *where, 0 if lengths is None else lengths.ctypes.data),
         *(len(starts), length, reading.threads, *rest),
     )
     file.hear(told, begin, end, count)
@@ -160,9 +160,9 @@ def _bounds(array: MappedArray, starts: Starts, length: int, lengths: np.ndarray
         first, stop = starts[0], starts[-1] + length
     else:
         first, stop = int(np.min(starts)), int(np.max(np.asarray(starts) + (length if lengths is None else lengths)))
-    items = math.prod(array.shape)
-    if first < 0 or stop > items:
-        raise IndexError(f"starts: wanted runs inside the {items} items of {array.file.name}, got {first} to {stop}")
+    if first < 0 or stop > array.items:
+        wanted = f"runs inside the {array.items} items of {array.file.name}"
+        raise IndexError(f"starts: wanted {wanted}, got {first} to {stop}")
     return first, stop
 
 

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -106,6 +107,12 @@ class MappedFile:
         if not same:
             self.require_same(start)
 
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Device, inode, size, times of change of content and of attributes: what it was when it was opened, or since
+        others changed its attributes."""
+        return self._known[0]
+
     def require_same(self, start: int) -> None:
         """Check that the name still leads to the file that was opened, as it was; ``start`` is for the message.
 
@@ -123,9 +130,6 @@ class MappedFile:
         if not _only_attributes(known, (identity, _attributes(now))):
             raise DamagedFile(f"{self.name}: {self._what_happened(now)} while it was read, at byte {start}")
         self._known = identity, _attributes(now)
-        opened = self._opened
-        if opened is not None:
-            opened.know(identity)
 
     def refuse(self, error: int, start: int, stop: int) -> None:
         """Say what an error of a reading that broke off at byte ``start`` means: an errno, or -1 for an early end.
@@ -188,7 +192,7 @@ class MappedFile:
             raise
 
     def _hold(self, descriptor: int) -> Opened:
-        opened = self._opened = Opened(descriptor, self._encoded, self._known[0], self._numbered)
+        opened = self._opened = Opened(descriptor, self._encoded, self.size, self._numbered)
         _held_open(self)
         return opened
 
@@ -206,7 +210,11 @@ class MappedArray:
     dtype: np.dtype
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
+    def items(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
     def row_items(self) -> int:
         return math.prod(self.shape[1:])
 
@@ -243,15 +251,10 @@ class MappedArray:
 class Opened:
     """A descriptor, and the compiled reader (``_C.Reader``) where it is there; closed when nobody holds it any more."""
 
-    def __init__(self, descriptor: int, path: bytes, known: tuple[int, ...], numbered: bool):
+    def __init__(self, descriptor: int, path: bytes, size: int, numbered: bool):
         loops = compiled()
         self.descriptor = descriptor
-        self.reader = None if loops is None else loops.Reader(descriptor, path, known, numbered)  # which closes it
-
-    def know(self, identity: tuple[int, ...]) -> None:
-        """The file's attributes changed, and nothing else."""
-        if self.reader is not None:
-            self.reader.know(identity)
+        self.reader = None if loops is None else loops.Reader(descriptor, path, size, numbered)  # which closes it
 
     def __del__(self, close=os.close):  # at the end of the interpreter there may be no `os` any more
         if getattr(self, "reader", self) is None:
