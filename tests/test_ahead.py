@@ -91,7 +91,7 @@ def told(array: MappedArray, start: int, count: int = MIB, way: int = READ) -> d
     out = np.empty(count, np.uint8)
     rows = {"starts": 0, "first": start, "step": count, "lengths": 0, "R": 1, "length": count}
     span, rest = (
-        {"way": way, "known": array.file.known, "begin": start, "end": start + count},
+        {"way": way, "known": array.file.known[0], "begin": start, "end": start + count},
         {"item": 1, "fill": 0, "out": out.ctypes.data},
     )
     answer = array.file.opened().reader.deliver_raw(**span, **rows, threads=1, **rest)

@@ -341,7 +341,7 @@ def test_a_network_is_read_unless_asked_otherwise(tmp_path, monkeypatch):
     assert corpus.describe()["io"] == "read" and "network" in corpus.describe()["io_reason"]
     assert open_corpus(path, window=10, io="map").describe()["io"] == "map"
     file = corpus._tokens.file
-    file._known = (1, 2, *file._known[0][2:]), file._known[1]
+    file.known = (1, 2, *file.known[0][2:]), file.known[1]
     assert corpus.read(0, 3).shape == (3, 10)  # there the number of a file is no proof of another one
     monkeypatch.undo()
     os.replace(write(tmp_path / "y", bytes(1000)), path)

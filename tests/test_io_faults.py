@@ -106,8 +106,10 @@ try:
     corpus.read(0, 100)
 except DamagedFile as error:
     print(error)
-error, *_ = second.deliver_integers(way=1, known=file.known, begin=0, end=204800, starts=0, first=0, step=2048, lengths=0, R=100,
-                                    length=1024, threads=1, stored=2, fill=0, out=out.ctypes.data)
+rows = {"starts": 0, "first": 0, "step": 2048, "lengths": 0, "R": 100, "length": 1024}
+error, *_ = second.deliver_integers(
+    way=1, known=file.known[0], begin=0, end=204800, **rows, threads=1, stored=2, fill=0, out=out.ctypes.data
+)
 print(errno.errorcode[error])
 print(corpus.read(0, len(corpus)).sum().item())
 """

@@ -64,9 +64,10 @@ class Corpus(ABC):
             ValueError: the transform returned another number of samples.
         """
         start, stop = operator.index(start), operator.index(stop)
-        if not 0 <= start < stop <= len(self):
+        if not 0 <= start < stop <= self._samples:
             raise IndexError(f"start, stop: wanted 0 <= start < stop <= {len(self)} (samples), got {start}, {stop}")
-        return self._transformed(self._rows(start, stop), stop - start)
+        batch = self._rows(start, stop)
+        return batch if self.transform is None else self._transformed(batch, stop - start)
 
     def take(self, indices: Any) -> Any:
         """Decode samples in the order of their indices into one batch, leading dimension B.
@@ -86,7 +87,8 @@ class Corpus(ABC):
         if not found.size or wrong.size:
             got = wrong[0] if wrong.size else "none"
             raise IndexError(f"indices: wanted 0 <= index < {len(self)} (samples), got {got}")
-        return self._transformed(self._taken(found.astype(np.int64)), len(found))
+        batch = self._taken(found.astype(np.int64))
+        return batch if self.transform is None else self._transformed(batch, len(found))
 
     def lengths(self, start: int, stop: int) -> Any:
         """(stop - start,) int64 tokens of these samples, where they differ; None where all have one shape."""
@@ -133,9 +135,8 @@ class Corpus(ABC):
         return self._place(self._position(index))
 
     def _transformed(self, batch: Any, rows: int) -> Any:
-        if self.transform is not None:
-            batch = self.transform(batch)
-            require_rows(batch, rows, "transform")
+        batch = self.transform(batch)
+        require_rows(batch, rows, "transform")
         return batch
 
     def _identity(self) -> dict[str, Any]:

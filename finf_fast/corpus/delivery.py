@@ -145,7 +145,7 @@ def _delivered(
     items = len(starts) * length if lengths is None else int(lengths.sum())
     count, opened, reading = min(end - begin, items * item), file.opened(), file.reading
     told = getattr(opened.reader, loop)(
-        *(reading.way(count), file.known, begin, end, *where, 0 if lengths is None else lengths.ctypes.data),
+        *(reading.way(count), file.known[0], begin, end, *where, 0 if lengths is None else lengths.ctypes.data),
         *(len(starts), length, reading.threads, *rest),
     )
     file.hear(told, begin, end, count)

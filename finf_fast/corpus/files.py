@@ -60,8 +60,8 @@ class MappedFile:
         descriptor = self._descriptor()
         status = os.fstat(descriptor)
         self.size, self.changed_ns = status.st_size, status.st_mtime_ns
-        # One tuple, which another thread finds as it was or as it is.
-        self._known = _identity(status), _attributes(status)
+        # What it is known as. One tuple, which another thread finds as it was or as it is.
+        self.known = _identity(status), _attributes(status)
         # Some network file systems number their files anew; there the times of change have to do.
         self._numbered = not _on_network(descriptor)
         if not self._numbered:
@@ -102,16 +102,10 @@ class MappedFile:
         error, byte, mapped, from_disk, same, seconds = told
         if error:
             self.refuse(error, byte, stop)
-        if not from_disk:  # what comes from a disk says nothing of either way
+        if self.reading.on_trial and not from_disk:  # what comes from a disk says nothing of either way
             self.reading.note(mapped, count, seconds)
         if not same:
             self.require_same(start)
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        """Device, inode, size, times of change of content and of attributes: what it was when it was opened, or since
-        others changed its attributes."""
-        return self._known[0]
 
     def require_same(self, start: int) -> None:
         """Check that the name still leads to the file that was opened, as it was; ``start`` is for the message.
@@ -124,12 +118,12 @@ class MappedFile:
         except OSError as error:
             what = "was deleted" if isinstance(error, FileNotFoundError) else f"is out of reach ({error.strerror})"
             raise DamagedFile(f"{self.name}: {what} while it was read, at byte {start}") from error
-        identity, known = _identity(now), self._known
+        identity, known = _identity(now), self.known
         if identity[self._first :] == known[0][self._first :]:
             return
         if not _only_attributes(known, (identity, _attributes(now))):
             raise DamagedFile(f"{self.name}: {self._what_happened(now)} while it was read, at byte {start}")
-        self._known = identity, _attributes(now)
+        self.known = identity, _attributes(now)
 
     def refuse(self, error: int, start: int, stop: int) -> None:
         """Say what an error of a reading that broke off at byte ``start`` means: an errno, or -1 for an early end.
@@ -159,7 +153,7 @@ class MappedFile:
         if now.st_size != self.size:
             verb = "shrank" if now.st_size < self.size else "grew"
             return f"{verb} from {self.size} to {now.st_size} bytes"
-        replaced = self._numbered and _identity(now)[:2] != self._known[0][:2]
+        replaced = self._numbered and _identity(now)[:2] != self.known[0][:2]
         if replaced:
             return "was replaced by another file"
         kept = now.st_mtime_ns == self.changed_ns

@@ -70,9 +70,14 @@ class Reading:
         tried = self._seconds
         return MAP_WHAT_IS_THERE if self._way == "map" or len(tried["map"]) < len(tried["read"]) else READ
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether :meth:`note` still has something to learn."""
+        return self._way == "auto"
+
     def note(self, mapped: bool, count: int, seconds: float) -> None:
         """How long a reading took."""
-        if self._way != "auto" or count < TRIAL_BYTES:
+        if not self.on_trial or count < TRIAL_BYTES:
             return
         self._seconds["map" if mapped else "read"].append(seconds / count)
         if min(map(len, self._seconds.values())) >= TRIALS:
