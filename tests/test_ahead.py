@@ -177,10 +177,12 @@ def test_what_the_disk_has_yet_to_bring_is_not_looked_at_through_a_mapping(path)
     for way, mapped in [(MAP_WHAT_IS_THERE, False), (READ, False), (MAP, True)]:
         evict(path)
         assert _C.is_missing(descriptor, BEYOND)
-        assert told(array, BEYOND, way=way)["mapped"] == mapped  # a reading that follows none: no thread runs ahead
+        found = told(array, BEYOND, way=way)  # a reading that follows none: no thread runs ahead
+        assert (found["mapped"], found["from_disk"]) == (mapped, way == MAP_WHAT_IS_THERE)
     path.read_bytes()
     assert not _C.is_missing(descriptor, BEYOND)
-    assert told(array, BEYOND, way=MAP_WHAT_IS_THERE)["mapped"]
+    found = told(array, BEYOND, way=MAP_WHAT_IS_THERE)
+    assert (found["mapped"], found["from_disk"]) == (True, False)
 
 
 NO_THREADS = """
@@ -276,7 +278,7 @@ def test_a_forked_child_runs_ahead_with_a_thread_of_its_own(path):
     assert soon(lambda: in_memory(path, 4 * MIB + AHEAD))
     child = os.fork()
     if child == 0:
-        read(array, BEYOND - 4096, 4096)
-        read(array, BEYOND)
+        told(array, BEYOND - 4096, 4096)  # nothing of torch's, whose threads are not in the child
+        told(array, BEYOND)
         os._exit(0 if soon(lambda: in_memory(path, BEYOND + AHEAD)) else 1)
     assert os.waitpid(child, 0)[1] == 0

@@ -81,13 +81,14 @@ Told Reader::read(Span span, Way way, const Identity& known, const std::function
     require_size("end", span.end, span.begin);
     const auto since = std::chrono::steady_clock::now();
     Told told;
-    told.from_disk = follows(span) && run_ahead(descriptor_, span.begin, size_);
-    const bool waits = way == Way::MAP_WHAT_IS_THERE && (told.from_disk || is_missing(descriptor_, span.end - 1));
-    const uint8_t* const map = way == Way::READ || waits ? nullptr : mapping();
+    const bool ahead = follows(span) && run_ahead(descriptor_, span.begin, size_);
+    told.from_disk = ahead || (way == Way::MAP_WHAT_IS_THERE && is_missing(descriptor_, span.end - 1));
+    const bool mapped = way == Way::MAP || (way == Way::MAP_WHAT_IS_THERE && !told.from_disk);
+    const uint8_t* const map = mapped ? mapping() : nullptr;
     told.mapped = map != nullptr;
     told.outcome = span.end > size_ || (map && !reaches(span.end)) ? Outcome{Outcome::ENDED, span.begin}
                                                                    : deliver({descriptor_, map, &spoilt_});
-    if (told.from_disk) run_ahead(descriptor_, span.end, size_);  // a reading may be longer than what is brought ahead
+    if (ahead) run_ahead(descriptor_, span.end, size_);  // a reading may be longer than what is brought ahead
     if (map) of_this_process(held).add(this, span.end - span.begin);
     told.same = leads_to(path_.c_str(), known, numbered_);
     told.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - since).count();

@@ -21,8 +21,9 @@ struct Span {
     int64_t begin, end;
 };
 
-// How a reading went. `mapped`: through the mapping; `from_disk`: a thread runs ahead of it, so that what it took says
-// nothing of memory; `same`: the name still leads to this file, and it is as it was.
+// How a reading went. `mapped`: through the mapping; `from_disk`: a thread runs ahead of it, or it was to be mapped and
+// the disk had yet to bring it, so that what it took says nothing of memory; `same`: the name still leads to this file,
+// and it is as it was.
 struct Told {
     Outcome outcome;
     bool mapped = false, from_disk = false, same = true;
