@@ -581,3 +581,10 @@ def test_token_ids_in_lists_are_refused_by_name():
     model, data = language_model()
     with pytest.raises(TypeError, match="causal_lm wants token ids as a tensor .* return_tensors='pt'"):
         ff.forward_inf(model, data, {"input_ids": [[1, 2, 3], [4, 5, 6]]}, loss="causal_lm")
+    lists = [[1, 2], [3, 4]]  # as long as there are: otherwise their lengths are seen first
+    for what, batch in [
+        ("token ids", {"input_ids": lists, "labels": torch.tensor(lists)}),
+        ("labels", {"input_ids": torch.tensor(lists), "labels": lists}),
+    ]:
+        with pytest.raises(TypeError, match=f"causal_lm wants {what} as a tensor .* return_tensors='pt'"):
+            ff.mirror(model, batch, loss="causal_lm", lr=1e-2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from collections.abc import Sequence
 from glob import escape, glob
 from typing import Any
@@ -146,9 +147,8 @@ def _opened(source: Any, format: str | None, given: dict[str, Any], transform: A
     source, given = _labels_apart(source, name, given)
     for option in given:
         if option not in OPTIONS[name]:
-            raise ValueError(
-                f"{option}: wanted None, for the format {name!r} takes {sorted(OPTIONS[name])}, got a value"
-            )
+            takes = f"the format {name!r} takes {sorted(OPTIONS[name]) or 'no options'}"
+            raise ValueError(f"{option}: wanted None, for {takes}, got {reprlib.repr(given[option])}")
     return FORMATS[name](source, **given, transform=transform)
 
 

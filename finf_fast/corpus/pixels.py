@@ -69,8 +69,9 @@ class Pixels:
         last = layout == "NHWC"
         channels = shape[-1] if last else 1 if layout == "NHW" else shape[1] if len(shape) > 1 else 1
         trailing = 0 if last or layout == "NHW" else max(0, len(shape) - 2)
-        self.mean = _per_channel("mean", mean, channels)
-        self.std = _per_channel("std", std, channels)
+        hint = "; layout='NHWC' where the channels come last" if layout is None and len(shape) == 4 else ""
+        self.mean = _per_channel("mean", mean, channels, hint)
+        self.std = _per_channel("std", std, channels, hint)
         if self.std is not None and not (self.std > 0).all():
             raise ValueError(f"std: wanted numbers above 0, got {std}")
         self._trailing = (1,) * trailing
@@ -187,7 +188,7 @@ def apart(corpus: Corpus, pixels: Pixels) -> Undecoded | None:
     return Undecoded(stored, decode, "pixels", pixels.settings())
 
 
-def _per_channel(argument: str, values: float | Sequence[float] | None, channels: int) -> np.ndarray | None:
+def _per_channel(argument: str, values: float | Sequence[float] | None, channels: int, hint: str) -> np.ndarray | None:
     if values is None:
         return None
     try:
@@ -195,5 +196,5 @@ def _per_channel(argument: str, values: float | Sequence[float] | None, channels
     except (TypeError, ValueError):
         raise TypeError(f"{argument}: wanted a number or a sequence of numbers, got {values!r}") from None
     if array.ndim != 1 or len(array) not in (1, channels) or not np.isfinite(array).all():
-        raise ValueError(f"{argument}: wanted 1 or {channels} finite numbers (channels), got {values!r}")
+        raise ValueError(f"{argument}: wanted 1 or {channels} finite numbers (channels), got {values!r}{hint}")
     return array

@@ -240,10 +240,11 @@ class CausalLM(CrossEntropy):
     def _split(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
         args, kwargs, labels = split(batch)
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if labels is None:
-            if isinstance(ids, (list, tuple)):
-                wanted = f"{self.name} wants token ids as a tensor (B, L)"
+        for what, value in (("token ids", ids), ("labels", labels)):
+            if isinstance(value, (list, tuple)):
+                wanted = f"{self.name} wants {what} as a tensor (B, L)"
                 raise TypeError(f"{wanted}, got a list: return_tensors='pt' gives one")
+        if labels is None:
             if ids is None or ids.is_floating_point():
                 raise ValueError("corpus: causal_lm wants token ids (B, L), or a dict with 'input_ids' or 'labels'")
             mask = kwargs.get("attention_mask")
