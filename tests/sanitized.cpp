@@ -29,6 +29,7 @@
 #include "../csrc/cpu/squared_error_delta.h"
 #include "../csrc/cpu/topk_merge.h"
 #include "../csrc/io/deliver.h"
+#include "../csrc/io/held.h"
 #include "../csrc/io/reader.h"
 
 namespace {
@@ -305,7 +306,7 @@ void readers() {
     };
     const finf::Identity known = {is.st_dev, is.st_ino, BYTES, nanoseconds(is.st_mtim), nanoseconds(is.st_ctim)};
     {
-        finf::Reader reader(descriptor, path, BYTES, true);
+        finf::Reader reader(descriptor, path, BYTES, true, 0);
         const auto pass = [&] {
             std::vector<uint8_t> out(SPAN, 1);
             for (int64_t at = 0, turn = 0; at < BYTES; at += SPAN, ++turn) {
@@ -335,8 +336,9 @@ void deliveries() {
     void* map = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fileno(file), 0);
     if (map == MAP_FAILED) std::abort();
     for (const uint8_t* from : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(map)})
-        deliver_from({fileno(file), from, &spoilt}, stored, draw);
+        deliver_from({fileno(file), from, &spoilt, static_cast<int64_t>(bytes)}, stored, draw);
     if (spoilt) std::abort();
+    finf::forget(static_cast<const uint8_t*>(map));
     munmap(map, bytes);
     std::fclose(file);
 }

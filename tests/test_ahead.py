@@ -95,7 +95,7 @@ def told(array: MappedArray, start: int, count: int = MIB, way: int = READ) -> d
         {"item": 1, "fill": 0, "out": out.ctypes.data},
     )
     answer = array.file.opened().reader.deliver_raw(**span, **rows, threads=1, **rest)
-    return dict(zip(("error", "byte", "mapped", "from_disk", "same", "seconds"), answer, strict=True))
+    return dict(zip(("error", "byte", "mapped", "no_trial", "same", "seconds"), answer, strict=True))
 
 
 def soon(what, seconds: float = 20.0) -> bool:
@@ -159,9 +159,9 @@ def test_a_reader_in_memory_that_begins_anew_is_not_said_to_wait(path):
     for start in range(BEYOND, BEYOND + 4 * MIB, MIB):
         read(array, start)
     path.read_bytes()
-    assert told(array, BEYOND + 4 * MIB)["from_disk"]
+    assert told(array, BEYOND + 4 * MIB)["no_trial"]
     read(array, 0, 4 << 10)
-    assert not told(array, 4 << 10)["from_disk"]
+    assert not told(array, 4 << 10)["no_trial"]
 
 
 def test_a_fingerprint_brings_in_its_pieces_alone(path):
@@ -178,11 +178,11 @@ def test_what_the_disk_has_yet_to_bring_is_not_looked_at_through_a_mapping(path)
         evict(path)
         assert _C.is_missing(descriptor, BEYOND)
         found = told(array, BEYOND, way=way)  # a reading that follows none: no thread runs ahead
-        assert (found["mapped"], found["from_disk"]) == (mapped, way == MAP_WHAT_IS_THERE)
+        assert (found["mapped"], found["no_trial"]) == (mapped, way == MAP_WHAT_IS_THERE)
     path.read_bytes()
     assert not _C.is_missing(descriptor, BEYOND)
     found = told(array, BEYOND, way=MAP_WHAT_IS_THERE)
-    assert (found["mapped"], found["from_disk"]) == (True, False)
+    assert (found["mapped"], found["no_trial"]) == (True, False)
 
 
 NO_THREADS = """
@@ -194,7 +194,7 @@ told(array, 0, 1 << 17)  # memory of its own
 array.file._opened = None
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)  # less than a thread's stack
-print(told(array, 0, 1 << 17)["from_disk"])
+print(told(array, 0, 1 << 17)["no_trial"])
 """
 
 

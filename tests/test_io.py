@@ -36,6 +36,11 @@ def array_in(path: Path, values: np.ndarray, io: str, before: int = 0) -> Mapped
         return MappedArray(MappedFile(path), before, values.dtype, values.shape)
 
 
+def reading_by(io: str, path: Path) -> MappedFile:
+    with adopting(Reading(io)):
+        return MappedFile(path)
+
+
 def values_of(dtype: str, count: int) -> np.ndarray:
     """Numbers of every size that the dtype has, its ends among them."""
     info = np.iinfo(dtype)
@@ -153,6 +158,49 @@ def test_halves_between_two_bfloat16_go_to_the_even_one(tmp_path, layout):
     truth = torch.from_numpy(stored.astype(np.float32) / np.float32(255) / np.float32(spread)).to(torch.bfloat16)
     truth = truth.permute(0, 3, 1, 2) if layout == "NHWC" else truth
     assert torch.equal(pixels.rows(array, 0, 3), truth)
+
+
+@pytest.mark.parametrize(
+    "layout, shape", [("NCHW", (5, 3, 0, 4)), ("NHWC", (5, 4, 3, 0)), ("NHWC", (5, 0, 4, 3)), (None, (5, 0))]
+)
+def test_pixels_of_which_a_sample_has_none(tmp_path, layout, shape):
+    corpus = open_corpus(write(tmp_path / "x.npy", npy_bytes(shape, "|u1", b"")), layout=layout)
+    kept = [shape[1], shape[2], shape[3]] if layout else [0]
+    kept = [kept[2], *kept[:2]] if layout == "NHWC" else kept
+    assert list(corpus.read(1, 3).shape) == [2, *kept] and list(corpus.take([4, 0, 0]).shape) == [3, *kept]
+
+
+def test_an_array_that_reaches_beyond_its_file(tmp_path):
+    array = MappedArray(reading_by("read", write(tmp_path / "x", bytes(1000))), 0, np.dtype(np.uint8), (2000,))
+    with pytest.raises(DamagedFile, match="x, byte 1000: the file ends there, wanted bytes up to 1100"):
+        delivery.as_stored(array, range(900, 901), 200)
+
+
+def test_a_mapping_that_the_system_refuses(tmp_path):
+    """Asked for, it is an error; on trial the file is read, and nothing learnt."""
+    code = """
+import resource, sys
+import numpy as np
+from finf_fast.corpus import open_corpus
+from finf_fast.records import DamagedFile
+sizes = {"window": 1 << 17, "dtype": "uint16"}
+asked, free = open_corpus(sys.argv[1], io="map", **sizes), open_corpus(sys.argv[1], **sizes)
+asked.reading.threads = free.reading.threads = 1
+free.read(0, 1)
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+print(all(not free.read(i, i + 1).any() for i in range(1, 100)), free.describe()["io"])
+try:
+    asked.read(0, 1)
+except DamagedFile as error:
+    print(error)
+"""
+    with open(tmp_path / "x.bin", "wb") as file:
+        file.truncate(1 << 30)
+    done = run_python(code, str(tmp_path / "x.bin"))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "True auto" and "cannot be read: Cannot allocate memory" in second
 
 
 def test_rows_beside_labels_as_in_cifar(tmp_path):
@@ -320,9 +368,9 @@ def test_a_few_fast_readings_are_chance(fast):
 def test_what_is_brought_in_ahead_is_no_trial(tmp_path):
     """It comes from a disk; memory is no faster by the other way for that."""
     file = MappedFile(write(tmp_path / "x.bin", bytes(4 << 20)))
-    for from_disk, chosen in [(True, "auto"), (False, "map")]:
+    for no_trial, chosen in [(True, "auto"), (False, "map")]:
         for trial in range(2 * TRIALS):
-            file.hear((0, 0, trial % 2 == 1, from_disk, True, 1e-3 / (1 + trial % 2)), 0, 1 << 20, 1 << 20)
+            file.hear((0, 0, trial % 2 == 1, no_trial, True, 1e-3 / (1 + trial % 2)), 0, 1 << 20, 1 << 20)
         assert file.reading.describe()["io"] == chosen
 
 
@@ -541,6 +589,67 @@ def test_what_is_held_of_mappings_does_not_grow_with_their_number(tmp_path):
             corpus.read(start, start + 512)
             held.append(held_of_files() - before)
     assert 4 << 20 < max(held) < 32 << 20
+
+
+def test_what_is_held_of_mappings_does_not_grow_with_a_reading(tmp_path):
+    with open(tmp_path / "x.bin", "wb") as file:
+        file.truncate(400 << 20)
+    array = MappedArray(reading_by("map", tmp_path / "x.bin"), 0, np.dtype(np.uint8), (400 << 20,))
+    delivery.as_stored(array, range(1), 1 << 20)
+    before, held, done = held_of_files(), [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            held.append(held_of_files() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    delivery.as_stored(array, range(1), 400 << 20)
+    done.set()
+    watcher.join()
+    assert 1 << 20 < max(held) < 64 << 20
+
+
+def test_a_file_that_cannot_be_looked_at_is_closed_again(tmp_path, monkeypatch):
+    path = write(tmp_path / "x", bytes(10))
+
+    def fail(*_):
+        raise OSError("stale")
+
+    before = len(os.listdir("/proc/self/fd"))
+    for name, holder in [("fstat", files.os), ("_on_network", files), ("Reader", _C)]:
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="stale"):
+            patched.setattr(holder, name, fail)
+            MappedFile(path)
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before, name
+
+
+@WAYS
+def test_a_name_that_led_elsewhere_while_it_was_opened_again(tmp_path, io):
+    """Back where it was it looks as if nothing had happened; what is open is the other file."""
+    one, other, name = (tmp_path / f"{n}.bin" for n in ("one", "other", "name"))
+    for n, path in enumerate((one, other), 1):
+        write(path, np.full(4096, n, np.uint16).tobytes())
+    name.symlink_to(one)
+    corpus = open_corpus(name, window=64, dtype="uint16", io=io)
+    (file,) = corpus._files()
+    real = files.Opened
+
+    def meanwhile(path):
+        name.unlink()
+        name.symlink_to(other)
+        opened = real(path)
+        name.unlink()
+        name.symlink_to(one)
+        return opened
+
+    file._opened = None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "Opened", meanwhile)
+        with pytest.raises(DamagedFile, match="name.bin: led to another file while it was opened again"):
+            corpus.read(0, 2)
+    assert corpus.read(0, 2).unique().tolist() == [1]
 
 
 def test_no_more_files_are_held_open_than_allowed(tmp_path, monkeypatch):

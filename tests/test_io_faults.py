@@ -44,7 +44,7 @@ READ = """
 import sys
 from finf_fast.corpus import open_corpus
 from finf_fast.records import DamagedFile
-corpus = open_corpus(sys.argv[1], window=64, io=sys.argv[2])
+corpus = open_corpus(sys.argv[1], window=64, dtype="uint16", io=sys.argv[2])  # without a look at its end
 corpus.reading.threads = 3
 try:
     print(corpus.read(0, len(corpus)).sum().item())
@@ -251,14 +251,17 @@ def tokens_again(folder: Path) -> Path:
 
 
 SWEEP = """
-import sys
+import os, sys
 import torch
 import finf_fast as ff
 from finf_fast.corpus import open_corpus
 from nets import language_model
 model, _ = language_model()
 update = ff.mirror(model, torch.tensor([[1, 2, 3]]), loss="causal_lm", lr=0.1)
+kind = os.environ.pop("FAULT_KIND", "")
 corpus = open_corpus(sys.argv[1], window=8)
+corpus.fingerprint  # the whole of so small a file
+os.environ["FAULT_KIND"] = kind
 from finf_fast.scores import store
 store.SYNC_EVERY = 0.0
 try:

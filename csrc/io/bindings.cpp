@@ -34,14 +34,14 @@ struct Rows {
     }
 };
 
-// (errno or -1 for an early end, byte, mapped, from_disk, same, seconds)
+// (errno or -1 for an early end, byte, mapped, no_trial, same, seconds)
 using Answer = std::tuple<int, int64_t, bool, bool, bool, double>;
 
 Answer answer(Reader& reader, int way, const KnownAs& known, int64_t begin, int64_t end,
               const std::function<Outcome(const OpenFile&)>& deliver) {
     require(way >= 0 && way <= 2, "way", "a code from 0 to 2", way);
     const Told told = reader.read({begin, end}, static_cast<Way>(way), identity(known), deliver);
-    return {told.outcome.error, told.outcome.byte, told.mapped, told.from_disk, told.same, told.seconds};
+    return {told.outcome.error, told.outcome.byte, told.mapped, told.no_trial, told.same, told.seconds};
 }
 
 Answer integers(Reader& reader, int way, const KnownAs& known, int64_t begin, int64_t end, uintptr_t starts,
@@ -73,8 +73,8 @@ std::unique_ptr<Shades> shades(uintptr_t tables, int64_t word, int64_t C, int64_
     return std::make_unique<Shades>(memory<void>(tables), word, C, run, memory<float>(mean), memory<float>(std));
 }
 
-std::unique_ptr<Reader> reader(int descriptor, std::string path, int64_t size, bool numbered) {
-    return std::make_unique<Reader>(descriptor, std::move(path), size, numbered);
+std::unique_ptr<Reader> reader(int descriptor, std::string path, int64_t size, bool numbered, int64_t reached) {
+    return std::make_unique<Reader>(descriptor, std::move(path), size, numbered, reached);
 }
 
 void bind_reader(py::module_& module) {
@@ -83,9 +83,9 @@ void bind_reader(py::module_& module) {
         module, "Reader",
         "An opening of a file. Rows of it, from bytes starts (R) int64, or first + r step where it is 0, each of "
         "lengths (R) int64 or `length` items, all in [begin, end) -> out. way: 0 read, 1 mapped, 2 mapped unless the "
-        "disk has yet to bring it. Returns (errno, byte, mapped, from_disk, same, seconds): errno 0 when all is well, "
+        "disk has yet to bring it. Returns (errno, byte, mapped, no_trial, same, seconds): errno 0 when all is well, "
         "-1 where the file ends too early; same: whether its name leads to it still.")
-        .def(py::init(&reader), "descriptor"_a, "path"_a, "size"_a, "numbered"_a,
+        .def(py::init(&reader), "descriptor"_a, "path"_a, "size"_a, "numbered"_a, "reached"_a = 0,
              "Owns the descriptor. Device and inode are part of what a file was only where numbered.")
         .def_property_readonly("descriptor", &Reader::descriptor)
         .def("deliver_integers", integers, unlocked, "way"_a, "known"_a, "begin"_a, "end"_a, "starts"_a, "first"_a,

@@ -13,6 +13,7 @@
 #include "../cpu/pages.h"
 #include "../cpu/parallel.h"
 #include "../cpu/past_cache.h"
+#include "held.h"
 #include "past.h"
 #include "rescue.h"
 
@@ -73,7 +74,9 @@ Outcome Work::bring(int64_t row, int64_t last, int64_t from, int64_t end, uint8_
         const int64_t begin = std::max(from, start(row)), stop = std::min(end, start(row) + bytes(row));
         take(seen.bytes + (begin - from), row * rows.length + (begin - start(row)) / item, (stop - begin) / item);
     }
-    return rescue.needed() ? Outcome{EFAULT, from} : Outcome{};
+    if (rescue.needed()) return {EFAULT, from};
+    if (rows.file.map) looked_at(rows.file, from, end - from);
+    return {};
 }
 
 Outcome Work::run(int64_t task, uint8_t* room) const {

@@ -14,6 +14,7 @@ struct OpenFile {
     int descriptor;
     const uint8_t* map;  // of the whole file from its first byte, or null: it is read
     Spoilt* spoilt;      // of the mapping
+    int64_t size;        // of the mapping
 };
 
 // How far it went. `error`: 0, an errno, or ENDED; `byte`: where in the file the first trouble was.

@@ -21,19 +21,19 @@ struct Span {
     int64_t begin, end;
 };
 
-// How a reading went. `mapped`: through the mapping; `from_disk`: a thread runs ahead of it, or it was to be mapped and
-// the disk had yet to bring it, so that what it took says nothing of memory; `same`: the name still leads to this file,
-// and it is as it was.
+// How a reading went. `mapped`: through the mapping; `no_trial`: what it took says nothing of either way, since a disk
+// had to bring it, or no mapping was to be had; `same`: the name still leads to this file, and it is as it was.
 struct Told {
     Outcome outcome;
-    bool mapped = false, from_disk = false, same = true;
+    bool mapped = false, no_trial = false, same = true;
     double seconds = 0;
 };
 
 class Reader {
   public:
-    // Owns the descriptor. `size`: that of the file when it was opened.
-    Reader(int descriptor, std::string path, int64_t size, bool numbered);
+    // Owns the descriptor. `size`: that of the file when it was opened; `reached`: where an earlier opening was read
+    // to.
+    Reader(int descriptor, std::string path, int64_t size, bool numbered, int64_t reached);
     Reader(const Reader&) = delete;
     Reader& operator=(const Reader&) = delete;
     ~Reader();
@@ -44,12 +44,8 @@ class Reader {
     // is looked at.
     Told read(Span span, Way way, const Identity& known, const std::function<Outcome(const OpenFile&)>& deliver);
 
-    // The process forgets the pages of the mapping, which stays: whoever looks at one next has it brought in again.
-    void let_go() const;
-
   private:
     bool follows(Span span);
-    bool reaches(int64_t end) const;
     const uint8_t* mapping();
 
     const int descriptor_;
@@ -58,7 +54,7 @@ class Reader {
     const bool numbered_;
     std::atomic<const uint8_t*> map_{nullptr};
     Spoilt spoilt_{0};
-    std::atomic<int64_t> reached_{0};  // where the last reading ended
+    std::atomic<int64_t> reached_;  // where the last reading ended
 };
 
 }  // namespace finf

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,16 @@ class Shades:
     mean: Tensor
     std: Tensor
 
-    @cached_property
+    @property
     def compiled(self) -> Any:
-        """The same for the compiled loops, which have a copy."""
-        table, place = self.table, (self.mean.data_ptr(), self.std.data_ptr())
-        return compiled().Shades(table.data_ptr(), table.itemsize, len(table), self.run, *place)
+        """The same for the compiled loops, which have a copy. Kept without a lock, as functools has one until Python
+        3.12: a child forked meanwhile would find it held."""
+        found = self.__dict__.get("_compiled")
+        if found is None:
+            table, place = self.table, (self.mean.data_ptr(), self.std.data_ptr())
+            found = compiled().Shades(table.data_ptr(), table.itemsize, len(table), self.run, *place)
+            self.__dict__["_compiled"] = found
+        return found
 
     def __reduce__(self):
         # As arrays: torch moves a tensor that multiprocessing pickles to other memory, from under a thread that reads.
@@ -115,6 +119,8 @@ def shaded(
     length = math.prod(shape)
     whole = None if strides is None else (length, *strides)
     out = array.file.reading.slots.empty((len(starts), *shape), shades.table.dtype, whole)
+    if not out.numel():
+        return out
     if _is_compiled(array):
         _delivered("deliver_pixels", array, starts, length, None, shades.compiled, out.data_ptr())
     else:

@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 
 from finf_fast.corpus.compiled import compiled
 from finf_fast.corpus.digest import WHOLE, digest_rows
-from finf_fast.corpus.reading import reading_of_new_files
+from finf_fast.corpus.reading import READ, reading_of_new_files
 from finf_fast.records import DamagedFile
 
 __all__ = ["MappedArray", "MappedFile"]
@@ -57,16 +56,17 @@ class MappedFile:
             raise ValueError(f"source: wanted a regular file, got {self.name!r}")
         self.reading = reading_of_new_files()
         self._opened: Opened | None = None
-        descriptor = self._descriptor()
-        status = os.fstat(descriptor)
+        self._reached = 0  # where the last reading ended
+        opened = Opened(self._place)
+        status = os.fstat(opened.descriptor)
         self.size, self.changed_ns = status.st_size, status.st_mtime_ns
         # What it is known as. One tuple, which another thread finds as it was or as it is.
         self.known = _identity(status), _attributes(status)
         # Some network file systems number their files anew; there the times of change have to do.
-        self._numbered = not _on_network(descriptor)
+        self._numbered = not _on_network(opened.descriptor)
         if not self._numbered:
             self.reading.settle_for_network()
-        self._hold(descriptor)
+        self._hold(opened)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and one in another process, opens the file for itself: a descriptor has one owner, who closes it."""
@@ -86,12 +86,10 @@ class MappedFile:
         if start == stop:
             yield np.empty(0, np.uint8)
             return
-        opened = self.opened()
         if stop > self.size:
             wanted = f"bytes up to {stop}, got a file of {self.size} bytes"
             raise DamagedFile(f"{self.name}: is truncated: wanted {wanted}")
-        yield self._copied(opened.descriptor, start, stop)
-        self.require_same(start)
+        yield self._copied(self.opened(), start, stop)
 
     def hear(self, told: tuple[int, int, bool, bool, bool, float], start: int, stop: int, count: int) -> None:
         """What a compiled reading of ``count`` bytes between ``start`` and ``stop`` told (``_C.Reader``).
@@ -99,10 +97,11 @@ class MappedFile:
         Raises:
             DamagedFile: as for :meth:`view`.
         """
-        error, byte, mapped, from_disk, same, seconds = told
+        error, byte, mapped, no_trial, same, seconds = told
         if error:
             self.refuse(error, byte, stop)
-        if self.reading.on_trial and not from_disk:  # what comes from a disk says nothing of either way
+        self._reached = stop
+        if self.reading.on_trial and not no_trial:
             self.reading.note(mapped, count, seconds)
         if not same:
             self.require_same(start)
@@ -159,9 +158,21 @@ class MappedFile:
         kept = now.st_mtime_ns == self.changed_ns
         return "changed (content, with its time put back, or attributes)" if kept else "was written to"
 
-    def _copied(self, descriptor: int, start: int, stop: int) -> np.ndarray:
-        copy = self.reading.slots.empty((stop - start,), torch.uint8).numpy()
-        left, at = memoryview(copy), start
+    def _copied(self, opened: Opened, start: int, stop: int) -> np.ndarray:
+        count = stop - start
+        copy = self.reading.slots.empty((count,), torch.uint8).numpy()
+        if opened.reader is not None:
+            one_row = 0, start, count, 0, 1, count
+            told = opened.reader.deliver_raw(READ, self.known[0], start, stop, *one_row, 1, 1, 0, copy.ctypes.data)
+            self.hear(told, start, stop, count)
+        else:
+            self._read_into(copy, opened.descriptor, start, stop)
+            self.require_same(start)
+        copy.flags.writeable = False
+        return copy
+
+    def _read_into(self, copy: np.ndarray, descriptor: int, at: int, stop: int) -> None:
+        left = memoryview(copy)
         while left:
             try:
                 got = os.preadv(descriptor, [left], at)
@@ -170,23 +181,26 @@ class MappedFile:
             if got == 0:
                 self.refuse(-1, at, stop)
             left, at = left[got:], at + got
-        copy.flags.writeable = False
-        return copy
 
     def opened(self) -> Opened:
         """What holds it open; opened again if too many files were opened since."""
-        return self._opened or self._hold(self._descriptor())
+        return self._opened or self._opened_again()
 
-    def _descriptor(self) -> int:
+    def _opened_again(self) -> Opened:
         try:
-            return os.open(self._place, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            opened = Opened(self._place)
         except FileNotFoundError:
-            if hasattr(self, "size"):
-                self.require_same(0)
+            self.require_same(0)
             raise
+        for _ in range(2):  # what only has other attributes is known anew the second time
+            if _identity(os.fstat(opened.descriptor))[self._first :] == self.known[0][self._first :]:
+                return self._hold(opened)
+            self.require_same(0)
+        raise DamagedFile(f"{self.name}: led to another file while it was opened again")
 
-    def _hold(self, descriptor: int) -> Opened:
-        opened = self._opened = Opened(descriptor, self._encoded, self.size, self._numbered)
+    def _hold(self, opened: Opened) -> Opened:
+        opened.read_as(self._encoded, self.size, self._numbered, self._reached)
+        self._opened = opened
         _held_open(self)
         return opened
 
@@ -204,11 +218,11 @@ class MappedArray:
     dtype: np.dtype
     shape: tuple[int, ...]
 
-    @cached_property
+    @property
     def items(self) -> int:
         return math.prod(self.shape)
 
-    @cached_property
+    @property
     def row_items(self) -> int:
         return math.prod(self.shape[1:])
 
@@ -245,13 +259,18 @@ class MappedArray:
 class Opened:
     """A descriptor, and the compiled reader (``_C.Reader``) where it is there; closed when nobody holds it any more."""
 
-    def __init__(self, descriptor: int, path: bytes, size: int, numbered: bool):
+    def __init__(self, path: str):
+        self.reader: Any = None
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def read_as(self, path: bytes, size: int, numbered: bool, reached: int) -> None:
+        """Have the compiled reader, which then closes the descriptor."""
         loops = compiled()
-        self.descriptor = descriptor
-        self.reader = None if loops is None else loops.Reader(descriptor, path, size, numbered)  # which closes it
+        if loops is not None:
+            self.reader = loops.Reader(self.descriptor, path, size, numbered, reached)
 
     def __del__(self, close=os.close):  # at the end of the interpreter there may be no `os` any more
-        if getattr(self, "reader", self) is None:
+        if self.reader is None and hasattr(self, "descriptor"):
             close(self.descriptor)
 
 

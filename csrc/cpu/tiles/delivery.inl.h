@@ -45,7 +45,7 @@ struct PairShade {
 };
 
 // A quotient x / y is x times the nearest float of 1 / y, plus x times what that leaves: two roundings, the second of
-// them of the whole. That is the nearest float almost always; io/deliver.cpp asks whether it is for all of 256 pixels.
+// them of the whole. That is the nearest float almost always; io/shades.cpp asks whether it is for all of 256 pixels.
 struct ExactShade {
     static constexpr int64_t STEP = Vec::W;
     Vec scale, scale_rest, mean, spread, spread_rest;

@@ -1,0 +1,18 @@
+// How much of mappings the process holds: not more than some megabytes, of all files together.
+//
+// A page that was looked at counts as the process's memory until it is let go of, which stops all its threads, on a
+// virtual machine for as long as half a megabyte takes to convert: so pages are let go of many at a time.
+#pragma once
+
+#include "file.h"
+
+namespace finf {
+
+// Bytes [first, first + bytes) of a mapping were looked at, and the copy of them is done. Every so often this lets go
+// of all pages of all mappings: who looks at one meanwhile has it brought in again, watched over as before (rescue.h).
+void looked_at(const OpenFile& file, int64_t first, int64_t bytes);
+
+// A mapping is about to end.
+void forget(const uint8_t* map);
+
+}  // namespace finf
