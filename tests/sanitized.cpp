@@ -1,6 +1,5 @@
 // Calls every compiled operation on buffers of exactly their size, on several threads at once, over every ragged edge
 // of its loops. Built with sanitizers by test_isa.py: a read past an end, an overflow or a race ends the program.
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -296,8 +295,8 @@ void deliver_from(const finf::OpenFile& file, const std::vector<uint16_t>& store
 // Two threads at one reader, by all ways, through a file larger than what is held of mappings.
 void readers() {
     constexpr int64_t BYTES = int64_t{40} << 20, SPAN = int64_t{1} << 20;
-    const std::string path = std::string(P_tmpdir) + "/finf_fast_sanitized_" + std::to_string(getpid());
-    const int descriptor = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    std::string path = P_tmpdir "/finf_fast_XXXXXX";
+    const int descriptor = mkstemp(path.data());
     if (descriptor < 0 || ftruncate(descriptor, BYTES) != 0) std::abort();
     struct stat is;
     if (fstat(descriptor, &is) != 0) std::abort();
