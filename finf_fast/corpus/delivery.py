@@ -149,7 +149,7 @@ def _delivered(
         firsts = array.offset + np.asarray(starts, np.int64) * item
         where = firsts.ctypes.data, 0, 0
     items = len(starts) * length if lengths is None else int(lengths.sum())
-    count, opened, reading = min(end - begin, items * item), file.opened(), file.reading
+    count, opened, reading = min(end - begin, items * item), file.opened(begin), file.reading
     told = getattr(opened.reader, loop)(
         *(reading.way(count), file.known[0], begin, end, *where, 0 if lengths is None else lengths.ctypes.data),
         *(len(starts), length, reading.threads, *rest),

@@ -89,7 +89,7 @@ class MappedFile:
         if stop > self.size:
             wanted = f"bytes up to {stop}, got a file of {self.size} bytes"
             raise DamagedFile(f"{self.name}: is truncated: wanted {wanted}")
-        yield self._copied(self.opened(), start, stop)
+        yield self._copied(self.opened(start), start, stop)
 
     def hear(self, told: tuple[int, int, bool, bool, bool, float], start: int, stop: int, count: int) -> None:
         """What a compiled reading of ``count`` bytes between ``start`` and ``stop`` told (``_C.Reader``).
@@ -182,20 +182,24 @@ class MappedFile:
                 self.refuse(-1, at, stop)
             left, at = left[got:], at + got
 
-    def opened(self) -> Opened:
-        """What holds it open; opened again if too many files were opened since."""
-        return self._opened or self._opened_again()
+    def opened(self, start: int = 0) -> Opened:
+        """What holds it open; opened again if too many files were opened since. ``start`` is for messages.
 
-    def _opened_again(self) -> Opened:
+        Raises:
+            DamagedFile: the name leads to another file by now, or to none.
+        """
+        return self._opened or self._opened_again(start)
+
+    def _opened_again(self, start: int) -> Opened:
         try:
             opened = Opened(self._place)
         except FileNotFoundError:
-            self.require_same(0)
+            self.require_same(start)
             raise
         for _ in range(2):  # what only has other attributes is known anew the second time
             if _identity(os.fstat(opened.descriptor))[self._first :] == self.known[0][self._first :]:
                 return self._hold(opened)
-            self.require_same(0)
+            self.require_same(start)
         raise DamagedFile(f"{self.name}: led to another file while it was opened again")
 
     def _hold(self, opened: Opened) -> Opened:
