@@ -87,7 +87,6 @@ void bind_reader(py::module_& module) {
         "-1 where the file ends too early; same: whether its name leads to it still.")
         .def(py::init(&reader), "descriptor"_a, "path"_a, "size"_a, "numbered"_a, "reached"_a = 0,
              "Owns the descriptor. Device and inode are part of what a file was only where numbered.")
-        .def_property_readonly("descriptor", &Reader::descriptor)
         .def("deliver_integers", integers, unlocked, "way"_a, "known"_a, "begin"_a, "end"_a, "starts"_a, "first"_a,
              "step"_a, "lengths"_a, "R"_a, "length"_a, "threads"_a, "stored"_a, "fill"_a, "out"_a,
              "-> (R,length) int64, short rows filled up. stored: 0 uint8, 1 int8, 2 uint16, 3 int16, 4 uint32, 5 "

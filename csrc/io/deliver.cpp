@@ -75,7 +75,7 @@ Outcome Work::bring(int64_t row, int64_t last, int64_t from, int64_t end, uint8_
         take(seen.bytes + (begin - from), row * rows.length + (begin - start(row)) / item, (stop - begin) / item);
     }
     if (rescue.needed()) return {EFAULT, from};
-    if (rows.file.map) looked_at(rows.file, from, end - from);
+    if (seen.bytes != room) looked_at(rows.file, from, end - from);
     return {};
 }
 

@@ -1,7 +1,8 @@
 // How much of mappings the process holds: not more than some megabytes, of all files together.
 //
-// A page that was looked at counts as the process's memory until it is let go of, which stops all its threads, on a
-// virtual machine for as long as half a megabyte takes to convert: so pages are let go of many at a time.
+// A page that was looked at counts as the process's memory until it is let go of, which stops all its threads; so pages
+// are let go of many at a time. Measured (Zen 3, a virtual machine, 768 KiB brought in by two threads): 48 us where
+// each 120 KiB was let go of by itself, 14 us where all were together.
 #pragma once
 
 #include "file.h"

@@ -38,7 +38,6 @@ class Reader {
     Reader& operator=(const Reader&) = delete;
     ~Reader();
 
-    int descriptor() const { return descriptor_; }
     // `known`: what the file was, or is if others changed its attributes. Safe to use from several threads, and without
     // a lock: a child forked meanwhile would find it held for ever. What ends too early is found before a mapping of it
     // is looked at.
