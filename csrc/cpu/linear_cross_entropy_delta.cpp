@@ -75,13 +75,14 @@ class Piece {
           part_(task % sums.parts),
           first_(task / sums.parts * sums.block),
           count_(std::min(sums.block, sums.count - first_)),
+          group_(head_.group()),
           multiply_(std::max(head_.units(), op_.D)),
           panel_(sums.columns * head_.value.units()),
           shift_(sums.columns),
-          rows_at_once_(head_.packs_by_query() ? count_ : GROUP),
+          rows_at_once_(head_.packs_by_query() ? count_ : group_),
           z_(rows_at_once_ * sums.columns),
           raw_(op_.softcap > 0 ? rows_at_once_ * sums.columns : 0),
-          d_(GROUP * sums.columns),
+          d_(group_ * sums.columns),
           rescale_(static_cast<size_t>(count_)) {
         for (const Product& change : head_.changes)
             own_panels_.emplace_back(change.shares_panel ? 0 : sums.columns * change.units());
@@ -110,8 +111,8 @@ class Piece {
     }
 
     void form_values(const float* shift) {
-        for (int64_t i = first_row_; i < last_row_; i += GROUP) {
-            const int64_t count = std::min(GROUP, last_row_ - i);
+        for (int64_t i = first_row_; i < last_row_; i += group_) {
+            const int64_t count = std::min(group_, last_row_ - i);
             fetch_after(head_.value, 0, i);
             multiply_(head_.value, 0, row(i), count, panel_.get(), padded_, z(i), sums_.columns, false);
             for (int64_t j = i; j < i + count; ++j) take_values(j, shift);
@@ -133,8 +134,8 @@ class Piece {
     }
 
     void form_changes(int64_t q, const float* shift) {
-        for (int64_t i = first_row_; i < last_row_; i += GROUP) {
-            const int64_t count = std::min(GROUP, last_row_ - i);
+        for (int64_t i = first_row_; i < last_row_; i += group_) {
+            const int64_t count = std::min(group_, last_row_ - i);
             if (head_.changes.empty()) std::fill_n(d_.get(), count * sums_.columns, 0.0f);
             for (size_t p = 0; p < head_.changes.size(); ++p) {
                 const Product& change = head_.changes[p];
@@ -176,7 +177,7 @@ class Piece {
 
     // The rows of the next group lie in a third-level cache: waiting for them cost 2 to 3 % at D = 256.
     void fetch_after(const Product& product, int64_t q, int64_t i) const {
-        for (int64_t next = i + GROUP; next < std::min(i + 2 * GROUP, last_row_); ++next) product.fetch(q, *row(next));
+        for (int64_t next = i + group_; next < std::min(i + 2 * group_, last_row_); ++next) product.fetch(q, *row(next));
     }
 
     const int64_t* row(int64_t i) const { return &sums_.rows[first_ + i]; }
@@ -186,7 +187,7 @@ class Piece {
     Sums& sums_;
     const Head& head_;
     const LinearCrossEntropyDelta& op_;
-    const int64_t part_, first_, count_;
+    const int64_t part_, first_, count_, group_;
     const Multiplier multiply_;
     const Buffer panel_, shift_;
     const int64_t rows_at_once_;

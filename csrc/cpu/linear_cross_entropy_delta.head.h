@@ -76,8 +76,11 @@ class Head {
     int64_t block_rows() const {
         const int64_t bytes = std::max<int64_t>(1, op.D * (op.dtype == DType::bf16 ? 2 : 4));
         const int64_t rows = std::min(BLOCK_ROWS, BLOCK_BYTES / bytes) / (packs_by_query() ? 2 : 1 + op.Q);
-        return std::max(GROUP, rows / GROUP * GROUP);
+        return std::max(group(), rows / group() * group());
     }
+
+    // Rows taken through a panel together: the values', which the changes follow.
+    int64_t group() const { return value.loops->group; }
 
     // Of all panels that are in use at once.
     int64_t units() const {
@@ -105,14 +108,14 @@ class Head {
     }
 
     void fill_inner(const Product& within, int64_t q, int64_t begin, int64_t end) {
-        const int64_t width = within.loops->width;
+        const int64_t width = within.loops->width, group = within.loops->group;
         const Multiplier multiply(within.units());
-        const Buffer panel(width * within.units()), out(GROUP * width);
+        const Buffer panel(width * within.units()), out(group * width);
         for (int64_t c = 0; c < op.r; c += width) {
             const int64_t n = std::min(width, op.r - c);
             within.pack(q, c, c + n, panel.get());
-            for (int64_t i = begin; i < end; i += GROUP) {
-                const int64_t count = std::min(GROUP, end - i);
+            for (int64_t i = begin; i < end; i += group) {
+                const int64_t count = std::min(group, end - i);
                 multiply(within, q, &kept[i], count, panel.get(), width, out.get(), width, false);
                 for (int64_t row = 0; row < count; ++row)
                     std::copy_n(out.get() + row * width, n, &inner_[(q * op.N + kept[i + row]) * op.r + c]);

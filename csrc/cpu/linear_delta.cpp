@@ -93,14 +93,15 @@ class Former {
         : layer_(layer),
           columns_(columns),
           multiply_(std::max({(layer.op.D + 1), layer.op.r + 1, int64_t{1}})),
-          out_(GROUP * columns) {}
+          out_(layer.loops->group * columns) {}
 
     void form(const std::vector<Term>& terms, const std::vector<const float*>& panels, int64_t q, int64_t begin,
               int64_t end, int64_t start, int64_t n, const float* shift, const Target& to, int64_t row_q) const {
         const auto finish = layer_.loops->finish[static_cast<int>(layer_.op.dtype)];
-        int64_t rows[GROUP];
-        for (int64_t i = begin; i < end; i += GROUP) {
-            const int64_t count = std::min(GROUP, end - i);
+        const int64_t group = layer_.loops->group;
+        int64_t rows[MOST_GROUP];
+        for (int64_t i = begin; i < end; i += group) {
+            const int64_t count = std::min(group, end - i);
             for (int64_t j = 0; j < count; ++j) rows[j] = i + j;
             if (terms.empty()) std::fill_n(out_.get(), count * columns_, 0.0f);
             for (size_t p = 0; p < terms.size(); ++p)
@@ -176,7 +177,8 @@ int64_t panel_columns(const Layer& layer, int64_t blocks) {
 int64_t block_positions(const Layer& layer) {
     const int64_t bytes = std::max<int64_t>(1, layer.op.D * layer.size) * (1 + layer.op.Q);
     const int64_t positions = std::max(BLOCK_POSITIONS, BLOCK_ROWS / (1 + layer.op.Q));
-    return std::max(GROUP, std::min(positions, BLOCK_BYTES / bytes / GROUP * GROUP));
+    const int64_t group = layer.loops->group;
+    return std::max(group, std::min(positions, BLOCK_BYTES / bytes / group * group));
 }
 
 void write_inner(Layer& layer) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -103,20 +104,39 @@ struct Product {
     }
 };
 
-// Some rows at a time times a panel.
+// Some rows at a time, at most MOST_GROUP, times a panel.
 class Multiplier {
   public:
-    explicit Multiplier(int64_t most_units) : stride_(ceil_div(most_units, WIDEST) * WIDEST), room_(GROUP * stride_) {}
+    explicit Multiplier(int64_t most_units)
+        : stride_((ceil_div(most_units, WIDEST) | 1) * WIDEST), room_(MOST_GROUP * stride_) {}
 
     void operator()(const Product& product, int64_t q, const int64_t* rows, int64_t count, const float* panel,
                     int64_t columns, float* out, int64_t out_stride, bool add) const {
-        const float* units[GROUP];
+        const float* units[MOST_GROUP];
         for (int64_t i = 0; i < count; ++i) units[i] = product.units_of(q, rows[i], room_.get() + i * stride_);
+        if (product.loops->evenly && !lie_evenly(units, count)) gather(units, count, product.units());
         product.loops->multiply(units, count, product.units(), panel, columns, out, out_stride, add);
     }
 
   private:
-    static constexpr int64_t WIDEST = 16;  // numbers in the widest vector, and a row is staged by whole vectors
+    static bool lie_evenly(const float* const* units, int64_t count) {
+        const auto at = [&](int64_t i) { return reinterpret_cast<uintptr_t>(units[i]); };
+        for (int64_t i = 2; i < count; ++i)
+            if (at(i) - at(i - 1) != at(1) - at(0)) return false;
+        return true;
+    }
+
+    void gather(const float** units, int64_t count, int64_t size) const {
+        for (int64_t i = 0; i < count; ++i) {
+            float* to = room_.get() + i * stride_;
+            std::memcpy(to, units[i], static_cast<size_t>(size) * sizeof(float));
+            units[i] = to;
+        }
+    }
+
+    // Numbers in the widest vector, and a row is staged by whole vectors. An odd number of these apart, no two rows of a
+    // group meet in the same set of a cache.
+    static constexpr int64_t WIDEST = 16;
     int64_t stride_;
     Buffer room_;
 };

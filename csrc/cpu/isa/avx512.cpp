@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, VL): sixteen lanes, masked loads, and an instruction for p 2^n.
+// AVX-512 (F, BW, VL): sixteen lanes, masked loads, and an instruction for p 2^n. Where there are more extensions,
+// products of bfloat16 pairs, or tiles of them.
 #include "../../numerics.h"
 #include "kernels.h"
 
@@ -185,6 +186,7 @@ FINF_INLINE void store_nearest(Bf16* p, Vec a) {
 #include "../tiles/delivery.inl.h"
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
+#include "../tiles/gemm_tiles.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
 #include "../tiles/noise.inl.h"
 #include "../tiles/normalize.inl.h"
@@ -205,6 +207,9 @@ const Kernels AVX512 = {
 const Kernels AVX512_BF16 = {"avx512_bf16",        CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
                              &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
                              &PAIR_PANELS,         flops_of_fma,        noise_row, &DELIVERY};
+const Kernels AMX_BF16 = {"amx_bf16",           CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
+                          &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
+                          &TILE_PANELS,         flops_of_tiles,      noise_row, &DELIVERY};
 }  // namespace finf
 
 #endif

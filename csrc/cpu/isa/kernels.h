@@ -103,8 +103,8 @@ struct SquaredErrorLoops {
     double (*change[2])(const void* d, int64_t n, const float* gap);
 };
 
-// Rows multiplied with a panel at once.
-constexpr int64_t GROUP = 8;
+// Rows that are multiplied with a panel at once, by whatever loops there are.
+constexpr int64_t MOST_GROUP = 32;
 
 // One way to multiply rows with a panel, which is some rows of a matrix W (n, D) packed so that the numbers that
 // meet the same number of a row are neighbours. Packed rows and panels are made of units of 32 bits: a float32, or
@@ -112,6 +112,8 @@ constexpr int64_t GROUP = 8;
 struct PanelLoops {
     int64_t width;    // a panel has a multiple of this many columns, those past n zero
     int64_t in_unit;  // numbers in a unit, 1 or 2; the last may be padded by a zero
+    int64_t group;    // rows to be multiplied at once, at most MOST_GROUP; more than that gain nothing
+    bool evenly;      // these lie as far from one another each
     // Leaves `centre` (D), which may be null, out of each row of W. Pairs take bfloat16 only, and no centre.
     void (*pack[2])(const void* W, int64_t stride, int64_t n, int64_t D, const float* centre, float* panel);
     // The same of a W that lies the other way, (D, n).
@@ -241,6 +243,7 @@ extern const Kernels BASELINE;
 extern const Kernels AVX2;
 extern const Kernels AVX512;
 extern const Kernels AVX512_BF16;
+extern const Kernels AMX_BF16;
 #endif
 
 // Those this processor can run, best first.

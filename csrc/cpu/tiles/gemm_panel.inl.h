@@ -205,8 +205,13 @@ void finish_row(const float* row, const float* shift, int64_t n, void* to) {
     });
 }
 
+// Rows that share a strip in the first-level cache, whose logits then do too.
+constexpr int64_t PANEL_GROUP = 8;
+
 const finf::PanelLoops PANELS = {WIDTH,
                                  1,
+                                 PANEL_GROUP,
+                                 false,
                                  {pack_panel<Single<float>>, pack_panel<Single<Bf16>>},
                                  {pack_turned<Single<float>>, pack_turned<Single<Bf16>>},
                                  {stage_row<float>, stage_row<Bf16>},
@@ -215,6 +220,8 @@ const finf::PanelLoops PANELS = {WIDTH,
 #ifdef FINF_PAIRS
 const finf::PanelLoops PAIR_PANELS = {WIDTH,
                                       2,
+                                      PANEL_GROUP,
+                                      false,
                                       {nullptr, pack_panel<Pairs>},
                                       {nullptr, pack_turned<Pairs>},
                                       {nullptr, stage_pairs},
