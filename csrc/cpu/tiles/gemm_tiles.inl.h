@@ -117,10 +117,18 @@ void multiply_tiles(const float* const* rows, int64_t count, int64_t units, cons
     __asm__ volatile("tilerelease");  // other users of the thread's tiles find none configured
 }
 
-// As flops_of_fma, with products of tiles for those of pairs.
+// As flops_of_fma, with products of tiles for those of pairs, of numbers as they come.
 double flops_of_tiles(bool pairs, int64_t rounds) {
     if (!pairs) return flops_of_fma(false, rounds);
+    uint16_t numbers[4 * TILE * TILE];
+    for (uint32_t i = 0, bits = 1; i < 4 * TILE * TILE; ++i, bits = bits * 1664525u + 1013904223u)
+        numbers[i] = static_cast<uint16_t>((bits >> 16 & 0x80ff) | 0x3f00);  // of either sign, 0.5 to 2
+    constexpr int64_t LINE = TILE * sizeof(float);
     shape_tiles(TILE_GROUP, TILE);
+    tile_load<4>(numbers, LINE);
+    tile_load<5>(numbers + 16, LINE);
+    tile_load<6>(numbers + 2 * TILE * TILE, LINE);
+    tile_load<7>(numbers + TILE * TILE, LINE);
     const int64_t squares = rounds / 4;
     for (int64_t i = 0; i < squares; ++i) {
         tile_multiply<0, 4, 6>();
