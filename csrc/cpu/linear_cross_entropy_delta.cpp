@@ -177,7 +177,8 @@ class Piece {
 
     // The rows of the next group lie in a third-level cache: waiting for them cost 2 to 3 % at D = 256.
     void fetch_after(const Product& product, int64_t q, int64_t i) const {
-        for (int64_t next = i + group_; next < std::min(i + 2 * group_, last_row_); ++next) product.fetch(q, *row(next));
+        for (int64_t next = i + group_; next < std::min(i + 2 * group_, last_row_); ++next)
+            product.fetch(q, *row(next));
     }
 
     const int64_t* row(int64_t i) const { return &sums_.rows[first_ + i]; }

@@ -134,8 +134,8 @@ class Multiplier {
         }
     }
 
-    // Numbers in the widest vector, and a row is staged by whole vectors. An odd number of these apart, no two rows of a
-    // group meet in the same set of a cache.
+    // Numbers in the widest vector, and a row is staged by whole vectors. An odd number of these apart, no two rows of
+    // a group meet in the same set of a cache.
     static constexpr int64_t WIDEST = 16;
     int64_t stride_;
     Buffer room_;

@@ -178,6 +178,12 @@ FINF_INLINE void store_nearest(Bf16* p, Vec a) {
     __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(a.v));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
+// The same as a number.
+FINF_INLINE Vec nearest(Vec a) {
+    __m256i bits;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(a.v));
+    return widen(bits);
+}
 #define FINF_PAIRS
 
 #include "../tiles/activation_delta.inl.h"
@@ -187,6 +193,7 @@ FINF_INLINE void store_nearest(Bf16* p, Vec a) {
 #include "../tiles/fma_peak.inl.h"
 #include "../tiles/gemm_panel.inl.h"
 #include "../tiles/gemm_tiles.inl.h"
+#include "../tiles/attention_tiles.inl.h"
 #include "../tiles/linear_cross_entropy_delta.inl.h"
 #include "../tiles/noise.inl.h"
 #include "../tiles/normalize.inl.h"
@@ -208,7 +215,7 @@ const Kernels AVX512_BF16 = {"avx512_bf16",        CROSS_ENTROPY_DELTA, NORM_ROW
                              &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
                              &PAIR_PANELS,         flops_of_fma,        noise_row, &DELIVERY};
 const Kernels AMX_BF16 = {"amx_bf16",           CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
-                          &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
+                          &SQUARED_ERROR_DELTA, ATTENTION_BY_TILES,  &HEAD,     &PANELS,
                           &TILE_PANELS,         flops_of_tiles,      noise_row, &DELIVERY};
 }  // namespace finf
 

@@ -13,8 +13,8 @@
 namespace finf {
 namespace {
 
-// Whether AMX can multiply bfloat16 here: the processor, and Linux, which makes room for tiles where it is asked, once a
-// process, for all threads there are and will be.
+// Whether AMX can multiply bfloat16 here: the processor, and Linux, which makes room for tiles where it is asked, once
+// a process, for all threads there are and will be.
 bool has_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
     constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;

@@ -15,6 +15,7 @@
 // After a large change, one softmax less the other loses nothing, and a second walk takes it.
 #pragma once
 
+#include "attention_products.inl.h"
 #include "attention_scores.inl.h"
 
 namespace attention {
@@ -30,8 +31,8 @@ constexpr float OUT_OF_SIGHT = -40.0f;
 constexpr float LEAST_LEFT = 1.0f / 16;
 
 // A block of rows of one head, from its queries to its results.
-template <class T>
-class Block : Scores<T> {
+template <class Products>
+class Block : Scores<Products> {
   public:
     Block(const Attention& op, const Room& room, int64_t b, int64_t h, int64_t t0) : Base(op, room, b, h, t0) {}
 
@@ -43,7 +44,9 @@ class Block : Scores<T> {
     }
 
   private:
-    using Base = Scores<T>;
+    using Base = Scores<Products>;
+    using T = typename Products::Number;
+    using Base::add_values;
     using Base::b_;
     using Base::count_;
     using Base::each_score;
@@ -53,7 +56,6 @@ class Block : Scores<T> {
     using Base::key0_;
     using Base::ld_;
     using Base::moves_;
-    using Base::on_diagonal;
     using Base::op_;
     using Base::room_;
     using Base::rows_;
@@ -80,8 +82,8 @@ class Block : Scores<T> {
         for (int64_t n = 0; n < op_.Q; ++n) add_change(n, turned);
         if (turned) shrink(room_.n0);
         add_fresh(room_.d0);
-        const Term value = {room_.v, room_.p, count_};
-        multiply_values(&value, 1, room_.n0);
+        const Weighted value = {0, room_.p};
+        add_values(&value, 1, room_.n0);
     }
     void add_fresh(float* total) {
         each_lane(ld_, [&](int64_t lane) FINF_LAMBDA {
@@ -134,23 +136,10 @@ class Block : Scores<T> {
             for (int64_t e = 0; e < op_.Ev; ++e) store(sums + e * ld_ + lane, load(sums + e * ld_ + lane) * by);
         });
     }
-    void multiply_values(const Term* terms, int count, float* sums) {
-        // Behind the diagonal p is zero; two vectors of lanes at a time save a part of that.
-        const int64_t step = (on_diagonal() ? 2 : WIDE) * Vec::W;
-        for (int64_t lane = 0; lane < ld_; lane += step) {
-            const int64_t end = lane + step < ld_ ? lane + step : ld_, keys = seen(end - Vec::W);
-            for (int64_t e = 0; e < op_.Ev; e += TALL) {
-                Term at[2];
-                for (int t = 0; t < count; ++t) at[t] = {terms[t].a + e, terms[t].b, keys};
-                product_rows<Lies::columns, true>(at, count, Ev_, ld_, lane, end, sums + e * ld_);
-            }
-        }
-    }
-
     // Changes.
     void add_change(int64_t n, bool turned) {
         float* sums = room_.n + n * Ev_ * ROWS;
-        Term terms[2];
+        Weighted terms[2];
         int count = 0;
         if (moves_) {
             score_change(n);
@@ -158,12 +147,12 @@ class Block : Scores<T> {
             gain(n);
             if (turned) settle(n, sums);
             centre(n);
-            terms[count++] = {room_.v, room_.w, count_};
+            terms[count++] = {0, room_.w};
         } else if (turned) {
             shrink(sums);
         }
-        if (op_.v.moves) terms[count++] = {room_.v + (1 + n) * KEYS * Ev_, moves_ ? room_.ds : room_.p, count_};
-        multiply_values(terms, count, sums);
+        if (op_.v.moves) terms[count++] = {1 + n, moves_ ? room_.ds : room_.p};
+        add_values(terms, count, sums);
     }
     // The new leaders' changes, and -c.
     void follow(int64_t n) {
@@ -296,8 +285,8 @@ class Block : Scores<T> {
         if (find_leaders()) shrink(sums);
         weigh();
         add_fresh(total);
-        const Term terms[2] = {{room_.v, room_.p, count_}, {room_.v + (1 + n) * KEYS * Ev_, room_.p, count_}};
-        multiply_values(terms, op_.v.moves ? 2 : 1, sums);
+        const Weighted terms[2] = {{0, room_.p}, {1 + n, room_.p}};
+        add_values(terms, op_.v.moves ? 2 : 1, sums);
     }
     void write(int64_t k, const float* from) {
         T* to = static_cast<T*>(op_.y) + (((k * op_.B + b_) * op_.H + h_) * op_.T + t0_) * op_.Ev;
@@ -312,24 +301,32 @@ class Block : Scores<T> {
     }
 };
 
+template <class Products>
 int64_t room(const Attention& op) {
     Pieces all(nullptr);
-    furnish(op, all);
+    furnish(op, Products::SPLIT, all);
     return all.taken();
 }
 
-template <class T>
+template <class Products>
 void attend(const Attention& op, int64_t begin, int64_t end, float* first) {
     Pieces all(first);
-    const Room room = furnish(op, all);
+    const Room room = furnish(op, Products::SPLIT, all);
     const int64_t blocks = finf::attention_blocks(op);
+    Products::begin();
     for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / blocks, block = blocks - 1 - i % blocks;
-        Block<T>(op, room, head / op.H, head % op.H, block * ROWS).attend();
+        Block<Products>(op, room, head / op.H, head % op.H, block * ROWS).attend();
     }
+    Products::end();
+}
+
+template <class Products>
+constexpr finf::AttentionLoops loops_of() {
+    return {room<Products>, attend<Products>};
 }
 
 }  // namespace attention
 
-const finf::AttentionLoops ATTENTION_DELTA[] = {{attention::room, attention::attend<float>},
-                                                {attention::room, attention::attend<Bf16>}};
+const finf::AttentionLoops ATTENTION_DELTA[] = {attention::loops_of<attention::VectorProducts<float>>(),
+                                                attention::loops_of<attention::VectorProducts<Bf16>>()};

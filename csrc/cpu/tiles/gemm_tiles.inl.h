@@ -51,40 +51,63 @@ FINF_INLINE void tile_multiply() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
 }
 
-template <int AT>
-FINF_INLINE void tile_begin(const float* out, int64_t bytes, bool add) {
-    if (add) {
-        tile_load<AT>(out, bytes);
-    } else {
-        tile_zero<AT>();
-    }
-}
-
-// One or two tiles of rows, `apart` bytes from one another, times one or two of columns.
+// A square of sums (rows, `bytes` from one to the next): one or two tiles of rows by one or two of columns.
 template <bool LOWER, bool SECOND>
-FINF_INLINE void multiply_tile_square(const char* rows, int64_t apart, int64_t units, const float* first,
-                                      const float* second, float* out, int64_t stride, bool add) {
-    const int64_t bytes = stride * static_cast<int64_t>(sizeof(float)), strip = WIDTH * sizeof(float);
-    float* below = out + TILE * stride;
-    tile_begin<0>(out, bytes, add);
-    if (SECOND) tile_begin<1>(out + TILE, bytes, add);
-    if (LOWER) tile_begin<2>(below, bytes, add);
-    if (LOWER && SECOND) tile_begin<3>(below + TILE, bytes, add);
-    for (int64_t k = 0; k < units; k += TILE) {
-        const char* at = rows + k * static_cast<int64_t>(sizeof(float));
-        tile_load<4>(at, apart);
-        tile_load<6>(first + k * WIDTH, strip);
-        tile_multiply<0, 4, 6>();
-        if (SECOND) tile_load<7>(second + k * WIDTH, strip);
-        if (SECOND) tile_multiply<1, 4, 7>();
-        if (LOWER) tile_load<5>(at + TILE * apart, apart);
-        if (LOWER) tile_multiply<2, 5, 6>();
-        if (LOWER && SECOND) tile_multiply<3, 5, 7>();
+struct TileSquare {
+    float* out;
+    int64_t bytes;
+
+    FINF_MEMBER float* below() const { return out + TILE * bytes / static_cast<int64_t>(sizeof(float)); }
+
+    FINF_MEMBER void zero() const {
+        tile_zero<0>();
+        if (SECOND) tile_zero<1>();
+        if (LOWER) tile_zero<2>();
+        if (LOWER && SECOND) tile_zero<3>();
     }
-    tile_store<0>(out, bytes);
-    if (SECOND) tile_store<1>(out + TILE, bytes);
-    if (LOWER) tile_store<2>(below, bytes);
-    if (LOWER && SECOND) tile_store<3>(below + TILE, bytes);
+
+    FINF_MEMBER void load() const {
+        tile_load<0>(out, bytes);
+        if (SECOND) tile_load<1>(out + TILE, bytes);
+        if (LOWER) tile_load<2>(below(), bytes);
+        if (LOWER && SECOND) tile_load<3>(below() + TILE, bytes);
+    }
+
+    // Rows of units, `apart` bytes from one to the next, times columns whose units are `strip` numbers apart.
+    FINF_MEMBER void add(const char* rows, int64_t apart, const float* first, const float* second, int64_t strip,
+                         int64_t units) const {
+        constexpr int64_t UNIT = sizeof(float);
+        for (int64_t k = 0; k < units; k += TILE) {
+            tile_load<4>(rows + k * UNIT, apart);
+            tile_load<6>(first + k * strip, strip * UNIT);
+            tile_multiply<0, 4, 6>();
+            if (SECOND) tile_load<7>(second + k * strip, strip * UNIT);
+            if (SECOND) tile_multiply<1, 4, 7>();
+            if (LOWER) tile_load<5>(rows + k * UNIT + TILE * apart, apart);
+            if (LOWER) tile_multiply<2, 5, 6>();
+            if (LOWER && SECOND) tile_multiply<3, 5, 7>();
+        }
+    }
+
+    FINF_MEMBER void store() const {
+        tile_store<0>(out, bytes);
+        if (SECOND) tile_store<1>(out + TILE, bytes);
+        if (LOWER) tile_store<2>(below(), bytes);
+        if (LOWER && SECOND) tile_store<3>(below() + TILE, bytes);
+    }
+};
+
+template <bool LOWER, bool SECOND>
+FINF_INLINE void multiply_square(const char* rows, int64_t apart, int64_t units, const float* first,
+                                 const float* second, float* out, int64_t stride, bool add) {
+    const TileSquare<LOWER, SECOND> square = {out, stride * static_cast<int64_t>(sizeof(float))};
+    if (add) {
+        square.load();
+    } else {
+        square.zero();
+    }
+    square.add(rows, apart, first, second, WIDTH, units);
+    square.store();
 }
 
 // Some units of all rows times these of all columns; `panel` lies at the first of them, and has `depth` units.
@@ -94,9 +117,9 @@ void multiply_tile_rows(const char* rows, int64_t apart, int64_t units, const fl
     const auto at = [&](int64_t column) { return panel + column / WIDTH * WIDTH * depth + column % WIDTH; };
     int64_t column = 0;
     for (; column + TILE < columns; column += 2 * TILE)
-        multiply_tile_square<LOWER, true>(rows, apart, units, at(column), at(column + TILE), out + column, stride, add);
+        multiply_square<LOWER, true>(rows, apart, units, at(column), at(column + TILE), out + column, stride, add);
     if (column < columns)
-        multiply_tile_square<LOWER, false>(rows, apart, units, at(column), nullptr, out + column, stride, add);
+        multiply_square<LOWER, false>(rows, apart, units, at(column), nullptr, out + column, stride, add);
 }
 
 // Rows as far from one another each. The units that fill no tile come last, in tiles of their own shape.
