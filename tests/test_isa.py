@@ -223,6 +223,33 @@ def test_an_unknown_set_stops_the_operation_too():
     assert "ValueError: FINF_FORCE_ISA" in done.stderr
 
 
+TILES = pytest.mark.skipif("amx_bf16" not in ISAS, reason="a processor without AMX")
+# An alternate stack for signals as small as they were before tiles, which a thread's registers now have to fit.
+SIGNALS = """
+import ctypes
+from finf_fast import _C
+class Stack(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+libc, room = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(8192)
+def accepted():
+    return libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
+"""
+
+
+@TILES
+def test_only_who_uses_tiles_asks_the_system_for_them():
+    listed = SIGNALS + "_C.isas(); before = accepted(); print(before, _C.isa(), accepted())"
+    assert in_process(listed, "avx2").stdout.split() == ["True", "avx2", "True"]
+
+
+@TILES
+def test_where_the_system_refuses_tiles_the_next_set_runs():
+    code = SIGNALS + "accepted(); print(_C.isa(), *_C.isas())"
+    assert in_process(code, None).stdout.split() == [ISAS[1], *ISAS]
+    forced = in_process(code, "amx_bf16")
+    assert "ValueError: FINF_FORCE_ISA: wanted a set that the system lets this process use" in forced.stderr
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("V", WIDTHS)
 def test_each_set_holds_the_bounds(results, isa, V):

@@ -243,11 +243,13 @@ extern const Kernels BASELINE;
 extern const Kernels AVX2;
 extern const Kernels AVX512;
 extern const Kernels AVX512_BF16;
+#endif
+#if defined(__x86_64__)
 extern const Kernels AMX_BF16;
 #endif
 
 // Those this processor can run, best first.
-std::vector<const Kernels*> available_kernels();
+const std::vector<const Kernels*>& available_kernels();
 
 // The best one, or the one FINF_FORCE_ISA names; std::invalid_argument if that is unknown or cannot run here.
 const Kernels& kernels();

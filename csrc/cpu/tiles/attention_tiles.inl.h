@@ -14,7 +14,7 @@ class TileProducts : protected Place {
     typedef Bf16 Number;
     static constexpr int64_t SPLIT = 2 * KEYS * ROWS;
     static void begin() { shape_tiles(2 * TILE, TILE); }
-    static void end() { __asm__ volatile("tilerelease"); }
+    static void end() { release_tiles(); }
 
   protected:
     TileProducts(const Attention& op, const Room& room, int64_t b, int64_t h, int64_t t0)

@@ -2,12 +2,13 @@
 // sixteen rows, or of the strip's columns what meets sixteen units, as gemm_panel.inl.h packs them. Included after it.
 //
 // Two tiles of rows times two of columns: each that is loaded is multiplied twice, which is what the caches can bring.
-// The instructions are written as themselves; choose.cpp asks whether there are any.
+// The instructions are written as bytes, for assemblers older than they; choose.cpp asks whether there are any.
 
 constexpr int64_t TILE = 16, TILE_GROUP = 2 * TILE;
 static_assert(TILE_GROUP <= finf::MOST_GROUP && TILE == Vec::W, "rows of a product, columns of a tile");
 
-// Units after which the sums of all columns are put aside: the rows' part of them stays in the first-level cache.
+// Units after which the sums are put aside and those of the next columns taken up: the rows' part of so many stays in
+// the first-level cache.
 constexpr int64_t TILE_UNITS = 8 * TILE;
 
 // What LDTILECFG takes: of each tile its rows, and the bytes of one.
@@ -31,24 +32,32 @@ FINF_INLINE void shape_tiles(int64_t count, int64_t units) {
     for (int i = 0; i < 4; ++i) shapes.set(i, i < 2 ? upper : lower, TILE);
     for (int i = 4; i < 6; ++i) shapes.set(i, i < 5 ? upper : lower, units);
     for (int i = 6; i < 8; ++i) shapes.set(i, units, TILE);
-    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+    __asm__ volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" : : "a"(&shapes), "m"(shapes));  // ldtilecfg (%rax)
 }
 
+FINF_INLINE void release_tiles() {
+    __asm__ volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0");  // tilerelease
+}
 template <int AT>
 FINF_INLINE void tile_zero() {
-    __asm__ volatile("tilezero %%tmm%c0" : : "i"(AT));
+    __asm__ volatile(".byte 0xc4, 0xe2, 0x7b, 0x49, %c0" : : "i"(0xc0 | AT << 3));  // tilezero
 }
 template <int AT>
-FINF_INLINE void tile_load(const void* from, int64_t bytes) {
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(bytes), "i"(AT) : "memory");
+FINF_INLINE void tile_load(const void* from, int64_t bytes) {  // tileloadd (%rax,%rcx)
+    __asm__ volatile(".byte 0xc4, 0xe2, 0x7b, 0x4b, %c2, 0x08"
+                     :
+                     : "a"(from), "c"(bytes), "i"(0x04 | AT << 3)
+                     : "memory");
 }
 template <int AT>
-FINF_INLINE void tile_store(float* to, int64_t bytes) {
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(bytes), "i"(AT) : "memory");
+FINF_INLINE void tile_store(float* to, int64_t bytes) {  // tilestored (%rax,%rcx)
+    __asm__ volatile(".byte 0xc4, 0xe2, 0x7a, 0x4b, %c2, 0x08" : : "a"(to), "c"(bytes), "i"(0x04 | AT << 3) : "memory");
 }
 template <int SUMS, int ROWS, int COLUMNS>
-FINF_INLINE void tile_multiply() {
-    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
+FINF_INLINE void tile_multiply() {  // tdpbf16ps
+    __asm__ volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1"
+                     :
+                     : "i"((~COLUMNS & 15) << 3 | 2), "i"(0xc0 | SUMS << 3 | ROWS));
 }
 
 // A square of sums (rows, `bytes` from one to the next): one or two tiles of rows by one or two of columns.
@@ -137,7 +146,7 @@ void multiply_tiles(const float* const* rows, int64_t count, int64_t units, cons
                  stride, add || k > 0);
         k += some;
     } while (k < units);
-    __asm__ volatile("tilerelease");  // other users of the thread's tiles find none configured
+    release_tiles();  // other users of the thread's tiles find none configured
 }
 
 // As flops_of_fma, with products of tiles for those of pairs, of numbers as they come.
@@ -159,7 +168,7 @@ double flops_of_tiles(bool pairs, int64_t rounds) {
         tile_multiply<2, 5, 6>();
         tile_multiply<3, 5, 7>();
     }
-    __asm__ volatile("tilerelease");
+    release_tiles();
     return static_cast<double>(squares) * 4 * (TILE * TILE * TILE * 4);
 }
 
