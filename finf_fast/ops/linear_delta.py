@@ -30,8 +30,8 @@ def linear_delta(
         y[0]   = x0 Wᵀ + bias
         y[1+q] = d_q Wᵀ + (x0 + d_q) dW_qᵀ + db_q        dW_q = U_q V_qᵀ where factors are given
 
-    exactly the difference of the layer after and before, and no term of it a difference of two near numbers. A processor
-    that multiplies bfloat16 takes what is below 1.2e-38 as zero.
+    exactly the difference of the layer after and before, and no term of it a difference of two near numbers. Where a
+    processor multiplies bfloat16 itself, numbers below 1.2e-38 are zero to it.
 
     Args:
         stack: (1+Q, N, D), or (1, N, D) where the input has not changed; float32, float64, bfloat16 or float16, any
