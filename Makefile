@@ -47,11 +47,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST)
 
-# Of the instruction sets the best, which comes first, is the one that `make test` runs on. The suite for GPUs builds the
-# extension in place: nothing beside it.
+# Of the instruction sets the best, which comes first, is the one that `make test` runs on; those of AVX-512 and AMX
+# are the same code but for products. The suite for GPUs builds the extension in place: nothing beside it.
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas()[1:])") && for isa in $$sets; do \
-	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(PYTEST) -q $(OP_TESTS) || exit 1; done
+	  case $$isa in avx512*) tests="$(PRODUCT_TESTS)";; *) tests="$(OP_TESTS)";; esac; \
+	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(PYTEST) -q $$tests || exit 1; done
 	$(MAKE) sanitize
 	TRITON_INTERPRET=1 $(PYTEST) -q -k $(TRITON_CHOICE) $(TRITON_TESTS)
 	$(PYTEST) -m prove --ignore tests/test_gpu_suite.py
@@ -74,6 +75,8 @@ sanitize: $(VENV)/.installed
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta cross_entropy_delta group_norm_delta io \
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
   topk_merge))
+
+PRODUCT_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention_delta linear_cross_entropy_delta linear_delta))
 
 DISK_TESTS := $(addprefix tests/test_,$(addsuffix .py,ahead corpus_arrow corpus_documents corpus_headers io_faults))
 
