@@ -512,3 +512,12 @@ def test_broken_operations_are_caught(broken, size):
     qkv = stacks(size, torch.float32)
     with pytest.raises(AssertionError, match="relative error"):
         check(broken(*qkv), lambda n: true_attention(*(at(x, n) for x in qkv)), 2, torch.float32, size)
+
+
+def test_an_infinite_value_is_infinite_to_every_row_that_sees_it(dtype):
+    q, k, v = (draw(1, 1, 2, 80, 24).to(dtype) for _ in range(3))
+    v[0, 0, 1, 30, 5] = torch.inf
+    y = attention_delta(q, k, v, scale=0.1)
+    assert torch.isinf(y[0, 0, 1, :, 5]).all()
+    y[0, 0, 1, :, 5] = 0
+    assert torch.isfinite(y).all()

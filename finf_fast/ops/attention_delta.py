@@ -38,7 +38,8 @@ def attention_delta(
         y[1+n] = p dv + dp v1
 
     exactly the difference of the attention after and before, and no term of it a difference of two near numbers. Where
-    a score gains more than 20 on the leading key, dp is the difference of two softmaxes.
+    a score gains more than 20 on the leading key, dp is the difference of two softmaxes. Where a processor multiplies
+    bfloat16 itself, numbers below 1.2e-38 are zero to it.
 
     Args:
         q: (1+Q, B, H, T, E), or leading size 1 where it has not changed; float32, float64, bfloat16 or float16, any
@@ -52,7 +53,8 @@ def attention_delta(
         softcap: c > 0, a normal number of float32, makes a score c tanh(s / c), before the mask; or None.
         cu_seqlens: (S+1,) int32 or int64 from 0 to T = T', ascending, for S texts that lie one behind another: rows
             and keys cu_seqlens[i] to cu_seqlens[i+1] are text i, and see nothing of another; the same for all of B.
-            Scores between texts are not computed. A NaN may cross to the text beside it.
+            Scores between texts are not computed. A NaN may cross to the text beside it, and from a hidden key to rows
+            that do not see it, as it does from the infinite values of one in plain torch.
 
     Returns:
         (1+Q, B, H, T, E') in q's dtype, contiguous; leading size 1 where nothing changes. A row that sees no key gives

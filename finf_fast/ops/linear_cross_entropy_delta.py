@@ -50,7 +50,8 @@ def linear_cross_entropy_delta(
     formed panel by panel over the vocabulary (formulas: design section 2, "At the loss"; csrc/numerics.h). z is a
     product in float32 even of shorter inputs; d is a product in the inputs' dtype (float16: in float32), which a face
     may round once to bfloat16 for bfloat16, at a cost of 2e-3 of each d. The compiled face does not: of bfloat16 inputs
-    too its d is a sum in float32 of exact products, with x + dx alone rounded where `dW` is given.
+    too its d is a sum in float32 of exact products, with x + dx alone rounded where `dW` is given. Where a processor
+    multiplies bfloat16 itself, numbers below 1.2e-38 are zero to it.
 
     Args:
         x: (N, D) what enters the layer; float32, float64, bfloat16 or float16, any strides.

@@ -70,8 +70,9 @@ const Kernels& choose() {
     for (const Kernels* candidate : found) {
         if (std::string(forced) == candidate->name) {
             if (can_use(*candidate)) return *candidate;
+            const int why = errno;
             reject("FINF_FORCE_ISA", "a set that the system lets this process use",
-                   "'" + std::string(forced) + "': " + std::strerror(errno) +
+                   "'" + std::string(forced) + "': " + std::strerror(why) +
                        " (a thread that handles signals on a small stack of their own?)");
         }
         names += (names.empty() ? "" : ", ") + std::string(candidate->name);

@@ -248,7 +248,7 @@ extern const Kernels AVX512_BF16;
 extern const Kernels AMX_BF16;
 #endif
 
-// Those this processor can run, best first.
+// Those this processor can run, best first; whether the system lets this process is asked where one is chosen.
 const std::vector<const Kernels*>& available_kernels();
 
 // The best one, or the one FINF_FORCE_ISA names; std::invalid_argument if that is unknown or cannot run here.

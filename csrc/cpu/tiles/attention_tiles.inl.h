@@ -2,7 +2,8 @@
 // gemm_tiles.inl.h.
 //
 // Queries, keys and values are the bfloat16 that they are: of scores every product is exact, and the scale comes after.
-// Weights are split into two, so that 16 of their bits count. Tiles are whole: what is missing in them is zero.
+// Weights are split into two, so that 16 of their bits count. Tiles are whole: what is missing of queries, values and
+// weights is zero; of keys it is what was there before, and its scores are not read.
 #pragma once
 
 #include "attention_room.inl.h"
@@ -47,15 +48,20 @@ class TileProducts : protected Place {
     }
     // Rows of units of two keys (Ev, KEYS / 2).
     void take_values() {
+        Vec largest(0.0f);
         for (int64_t k = 0; k <= moving(op_.v, op_.Q); ++k)
             for (int64_t key = 0; key < count_; key += 2 * TILE)
                 for (int64_t e = 0; e < op_.Ev; e += TILE) {
                     Vec x[TILE];
-                    for (int64_t j = 0; j < TILE; ++j)
-                        x[j] = pair_of(value(k, key + 2 * j, e), value(k, key + 2 * j + 1, e));
+                    for (int64_t j = 0; j < TILE; ++j) {
+                        const Vec first = value(k, key + 2 * j, e), second = value(k, key + 2 * j + 1, e);
+                        largest = max(abs(first), max(abs(second), largest));
+                        x[j] = pair_of(first, second);
+                    }
                     transpose(x);
                     for (int64_t i = 0; i < TILE; ++i) store(values(k) + (e + i) * KEYS / 2 + key / 2, x[i]);
                 }
+        finite_ = all_at_most(largest, FLT_MAX);
     }
 
     // Scores into s, and their changes, dq k0 + q0 dk + dq dk, into ds.
@@ -81,10 +87,11 @@ class TileProducts : protected Place {
         for (int t = 0; t < count; ++t) {
             float *upper = room_.split + 2 * t * HALF, *lower = upper + HALF;
             split(terms[t].by, units, upper, lower);
-            all[2 * t] = {values(terms[t].k), KEYS / 2, upper, units};
-            all[2 * t + 1] = {values(terms[t].k), KEYS / 2, lower, units};
+            all[t] = {values(terms[t].k), KEYS / 2, upper, units};
+            all[count + t] = {values(terms[t].k), KEYS / 2, lower, units};
         }
-        multiply<true>(all, 2 * count, op_.Ev, sums);
+        // What is left of a weight may be zero or below it, and an infinity times that is no longer one.
+        multiply<true>(all, finite_ ? 2 * count : count, op_.Ev, sums);
     }
 
   private:
@@ -164,6 +171,7 @@ class TileProducts : protected Place {
     }
 
     const int64_t units_;  // of a query or key, whole tiles
+    bool finite_ = true;   // the tile's values
 };
 
 }  // namespace attention
