@@ -521,3 +521,15 @@ def test_an_infinite_value_is_infinite_to_every_row_that_sees_it(dtype):
     assert torch.isinf(y[0, 0, 1, :, 5]).all()
     y[0, 0, 1, :, 5] = 0
     assert torch.isfinite(y).all()
+
+
+def test_a_hidden_key_may_change_by_nearly_the_largest_number(dtype):
+    if os.environ["FINF_BACKEND"] != "cpp":
+        pytest.skip("in the reference's products, and Triton's, it may become infinite")
+    q, k, v = (make_stack(1, 1, 1, 70, 64, size=0.1, dtype=dtype, seed=seed) for seed in range(3))
+    k[1, 0, 0, 7] = 1e38
+    seen = torch.ones(70, 70, dtype=torch.bool)
+    seen[:, 7] = False
+    moved = attention_delta(q, k, v, mask=seen)
+    k[1, 0, 0, 7] = 0
+    assert torch.equal(moved, attention_delta(q, k, v, mask=seen))

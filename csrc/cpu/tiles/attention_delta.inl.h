@@ -12,6 +12,8 @@
 // u looks like from there and the sums follow exactly:
 //     N <- e^-c N + (e^-c b + expm1(-c) - new b) N0, the same with D for N     D1 <- e^-c D1
 //
+// Weights are summed as they are multiplied: where products round them, sums do.
+//
 // After a large change, one softmax less the other loses nothing, and a second walk takes it.
 #pragma once
 
@@ -122,7 +124,7 @@ class Block : Scores<Products> {
             const int64_t end = seen(lane);
             Vec total(0.0f);
             for (int64_t key = 0; key < end; ++key) {
-                const Vec p = exp_of(load(room_.s + key * ld_ + lane) - m);
+                const Vec p = Base::held(exp_of(load(room_.s + key * ld_ + lane) - m));
                 store(room_.p + key * ld_ + lane, p);
                 total = total + p;
             }
@@ -182,10 +184,11 @@ class Block : Scores<Products> {
                     const Vec after = load(room_.s + at) - m + g;
                     largest = max(largest, select_less(Vec(OUT_OF_SIGHT), after, g, Vec(-INF)));
                 }
+                const Vec after = Base::held(p + w);
                 gained = gained + w;
-                d1 = d1 + (p + w);
+                d1 = d1 + after;
                 store(room_.w + at, w);
-                store(room_.ds + at, p + w);
+                store(room_.ds + at, after);
             }
             for (int64_t at = end; at < count_ * ld_; at += ld_) store(room_.ds + at, Vec(0.0f));
             store(room_.gained + lane, gained);
@@ -219,7 +222,7 @@ class Block : Scores<Products> {
             const Vec less = Vec(0.0f) - load(room_.b + i);
             Vec d(0.0f);
             for (int64_t at = lane; at < end; at += ld_) {
-                const Vec w = fma(less, load(room_.p + at), load(room_.w + at));
+                const Vec w = Base::held(fma(less, load(room_.p + at), load(room_.w + at)));
                 d = d + w;
                 store(room_.w + at, w);
             }

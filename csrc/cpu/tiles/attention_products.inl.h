@@ -14,6 +14,8 @@ class VectorProducts : protected Place {
     static constexpr int64_t SPLIT = 0;  // numbers of Room::split
     static void begin() {}
     static void end() {}
+    // A weight as the products take it, for the sums that stand beside them.
+    static FINF_MEMBER Vec held(Vec weight) { return weight; }
 
   protected:
     using Place::Place;

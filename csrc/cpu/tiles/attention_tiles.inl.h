@@ -1,9 +1,10 @@
 // The products of attention_delta in bfloat16 by AMX's tiles, in the place of attention_products.inl.h. Included after
 // gemm_tiles.inl.h.
 //
-// Queries, keys and values are the bfloat16 that they are: of scores every product is exact, and the scale comes after.
-// Weights are split into two, so that 16 of their bits count. Tiles are whole: what is missing of queries, values and
-// weights is zero; of keys it is what was there before, and its scores are not read.
+// Queries, keys and values are the bfloat16 that they are, queries times the power of two that is in the scale: of
+// scores every product is exact, and what is left of the scale comes after. Weights are split into two, so that 16 of
+// their bits count. Tiles are whole: what is missing of queries, values and weights is zero; of keys it is what was
+// there before, and its scores are not read.
 #pragma once
 
 #include "attention_room.inl.h"
@@ -19,7 +20,22 @@ class TileProducts : protected Place {
 
   protected:
     TileProducts(const Attention& op, const Room& room, int64_t b, int64_t h, int64_t t0)
-        : Place(op, room, b, h, t0), units_((op.E + 2 * TILE - 1) / (2 * TILE) * TILE) {}
+        : Place(op, room, b, h, t0), units_((op.E + 2 * TILE - 1) / (2 * TILE) * TILE) {
+        int exponent = 0;
+        const float fraction = std::frexp(op.scale, &exponent);
+        if (fraction != 0 && std::isfinite(fraction)) {
+            power_ = std::ldexp(1.0f, exponent - 1);
+            left_ = 2 * fraction;
+        } else {
+            left_ = op.scale;
+        }
+    }
+
+    // A weight as the products take it, for the sums that stand beside them.
+    static FINF_MEMBER Vec held(Vec weight) {
+        const Vec upper = nearest(weight);
+        return upper + nearest(weight - upper);
+    }
 
     // Units (E / 2, ROWS) of queries: what is multiplied with unit k of a key lies side by side.
     void take_queries() {
@@ -113,7 +129,12 @@ class TileProducts : protected Place {
         if (r >= rows_) return Vec(0.0f);
         const Bf16* row = rows_of<Bf16>(op_.q, k, b_, h_, t0_ + r);
         __builtin_prefetch(row + 2 * unit + TILE * op_.q.stride_t);
-        return units_of(row, unit);
+        return times(Vec(power_), units_of(row, unit));
+    }
+    // Both numbers of every unit times a power of two.
+    static FINF_MEMBER Vec times(Vec power, Vec units) {
+        const Words bits(_mm512_castps_si512(units.v));
+        return pair_of(nearest(as_float(bits << 16) * power), nearest(as_float(bits & Words(0xffff0000u)) * power));
     }
     Vec value(int64_t k, int64_t key, int64_t e) const {
         if (key >= count_) return Vec(0.0f);
@@ -123,7 +144,8 @@ class TileProducts : protected Place {
     }
 
     void scale(float* scores) const {
-        const Vec by(op_.scale);
+        if (left_ == 1.0f) return;
+        const Vec by(left_);
         for (int64_t i = 0; i < count_ * ld_; i += Vec::W) store(scores + i, load(scores + i) * by);
     }
 
@@ -170,8 +192,9 @@ class TileProducts : protected Place {
         square.store();
     }
 
-    const int64_t units_;  // of a query or key, whole tiles
-    bool finite_ = true;   // the tile's values
+    const int64_t units_;         // of a query or key, whole tiles
+    float power_ = 1, left_ = 1;  // the scale, as their product
+    bool finite_ = true;          // the tile's values
 };
 
 }  // namespace attention
