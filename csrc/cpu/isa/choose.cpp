@@ -30,7 +30,7 @@ bool knows_tiles() {
 }
 
 // Asks Linux for room for tiles, for this process's threads and those to come. It refuses where a thread handles
-// signals on a stack too small for them, and such stacks are refused from then on: only who uses tiles asks.
+// signals on a stack too small for them, and such stacks are refused from then on: who forces another set never asks.
 bool may_use_tiles() {
     constexpr int REQUEST_PERMISSION = 0x1023;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
