@@ -43,19 +43,18 @@ struct Matrix {
 
     int64_t bytes(int64_t numbers) const { return numbers * (dtype == DType::bf16 ? 2 : 4); }
 
-    // to[k] += row n of query q, over as many numbers as `to` has.
-    void add_row(int64_t q, int64_t n, std::vector<double>& to) const {
-        if (dtype == DType::bf16) {
-            add(static_cast<const Bf16*>(row(q, n)), to);
-        } else {
-            add(static_cast<const float*>(row(q, n)), to);
-        }
+    float number(int64_t q, int64_t n, int64_t column) const {
+        const void* at = row(q, n, column);
+        return static_cast<float>(dtype == DType::bf16 ? to_double(*static_cast<const Bf16*>(at))
+                                                       : to_double(*static_cast<const float*>(at)));
     }
 
-  private:
-    template <class T>
-    static void add(const T* from, std::vector<double>& to) {
-        for (size_t k = 0; k < to.size(); ++k) to[k] += to_double(from[k]);
+    // Asks for the first numbers of a row, into the second-level cache: a panel that passes through the first would
+    // push them out again.
+    void fetch(int64_t q, int64_t n, int64_t numbers) const {
+        constexpr int64_t LINE = 64;
+        const char* from = static_cast<const char*>(row(q, n));
+        for (int64_t at = 0; at < bytes(numbers); at += LINE) __builtin_prefetch(from + at, 0, 2);
     }
 };
 
@@ -78,12 +77,8 @@ struct Product {
         return room;
     }
 
-    // Asks for a row, into the second-level cache: a panel that passes through the first would push it out again.
-    void fetch(int64_t q, int64_t n) const {
-        constexpr int64_t LINE = 64;
-        const char* from = static_cast<const char*>(rows.row(q, n));
-        for (int64_t at = 0; at < rows.bytes(D); at += LINE) __builtin_prefetch(from + at, 0, 2);
-    }
+    void fetch(int64_t q, int64_t n) const { rows.fetch(q, n, D); }
+    void fetch_column(int64_t column) const { W.fetch(0, column, D); }
 
     void pack(int64_t q, int64_t begin, int64_t end, float* panel) const {
         if (turned) {
@@ -95,12 +90,23 @@ struct Product {
 
     // In double: an error of the target's logit would be one of all the row's weights.
     double at(int64_t q, int64_t n, int64_t column) const {
-        std::vector<double> x(static_cast<size_t>(D)), w(x);
-        rows.add_row(q, n, x);
-        if (moved.first) moved.add_row(q, n, x);
-        W.add_row(q, column, w);
-        for (int64_t k = 0; k < D; ++k) x[k] *= centre ? w[k] - static_cast<double>(centre[k]) : w[k];
-        return ordered_sum(x.data(), D);
+        const void *x = rows.row(q, n), *dx = moved.first ? moved.row(q, n) : nullptr, *w = W.row(q, column);
+        if (rows.dtype == DType::f32) return meet(static_cast<const float*>(x), static_cast<const float*>(dx), w);
+        return meet(static_cast<const Bf16*>(x), static_cast<const Bf16*>(dx), w);
+    }
+
+  private:
+    template <class X>
+    double meet(const X* x, const X* dx, const void* w) const {
+        if (W.dtype == DType::f32) return meet(x, dx, static_cast<const float*>(w));
+        return meet(x, dx, static_cast<const Bf16*>(w));
+    }
+
+    template <class X, class Y>
+    double meet(const X* x, const X* dx, const Y* w) const {
+        const auto of_row = [&](int64_t k) { return to_double(x[k]) + (dx ? to_double(dx[k]) : 0.0); };
+        if (!centre) return ordered_sum_of([&](int64_t k) { return of_row(k) * to_double(w[k]); }, D);
+        return ordered_sum_of([&](int64_t k) { return of_row(k) * (to_double(w[k]) - to_double(centre[k])); }, D);
     }
 };
 
@@ -113,12 +119,32 @@ class Multiplier {
     void operator()(const Product& product, int64_t q, const int64_t* rows, int64_t count, const float* panel,
                     int64_t columns, float* out, int64_t out_stride, bool add) const {
         const float* units[MOST_GROUP];
-        for (int64_t i = 0; i < count; ++i) units[i] = product.units_of(q, rows[i], room_.get() + i * stride_);
+        look_up(product, q, rows, count, units, 0);
+        multiply(product, units, count, panel, columns, out, out_stride, add);
+    }
+
+    // Rows of the first query of two products with the same panel, the other's results behind the first's.
+    void both(const Product& one, const Product& other, const int64_t* rows, int64_t count, const float* panel,
+              int64_t columns, float* out, int64_t out_stride) const {
+        const float* units[MOST_GROUP];
+        look_up(one, 0, rows, count, units, 0);
+        look_up(other, 0, rows, count, units, count);
+        multiply(one, units, 2 * count, panel, columns, out, out_stride, false);
+    }
+
+  private:
+    void look_up(const Product& product, int64_t q, const int64_t* rows, int64_t count, const float** units,
+                 int64_t from) const {
+        for (int64_t i = 0; i < count; ++i)
+            units[from + i] = product.units_of(q, rows[i], room_.get() + (from + i) * stride_);
+    }
+
+    void multiply(const Product& product, const float** units, int64_t count, const float* panel, int64_t columns,
+                  float* out, int64_t out_stride, bool add) const {
         if (product.loops->evenly && !lie_evenly(units, count)) gather(units, count, product.units());
         product.loops->multiply(units, count, product.units(), panel, columns, out, out_stride, add);
     }
 
-  private:
     static bool lie_evenly(const float* const* units, int64_t count) {
         const auto at = [&](int64_t i) { return reinterpret_cast<uintptr_t>(units[i]); };
         for (int64_t i = 2; i < count; ++i)

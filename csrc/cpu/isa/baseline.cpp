@@ -105,9 +105,11 @@ FINF_INLINE bool all_at_most(Vec a, Vec bound) {
 // The size of a with the sign of b.
 FINF_INLINE Vec copy_sign(Vec a, Vec b) { return (F4)(((I4)a.v & 0x7fffffff) | ((I4)b.v & ~0x7fffffff)); }
 
-// p 2^n for a whole n < 128, zero below the normal numbers; NaN stays, since a comparison with it is false.
+// p 2^n for a whole n < 128; zero where that is below the normal numbers, whatever p is; NaN stays, since a comparison
+// with it is false.
 FINF_INLINE Vec scale(Vec p, Vec n) {
-    const U4 exponent = (U4)(__builtin_convertvector(n.v, I4) + 127) << 23;
+    const I4 whole = __builtin_convertvector(max(Vec(-127.0f), n).v, I4);
+    const U4 exponent = (U4)(whole + 127) << 23;
     return (F4)((I4)(p.v * (F4)exponent) & ~(n.v < -126.0f));
 }
 

@@ -33,7 +33,6 @@ struct Split {
 };
 
 FINF_INLINE Split split(Vec x) {
-    x = max(Vec(LOWEST_EXP), x);
     const Vec n = fma(x, Vec(LOG2_E), Vec(ROUNDER)) - Vec(ROUNDER);
     return {n, fma(n, Vec(-LN2_LOW), fma(n, Vec(-LN2_HIGH), x))};
 }
@@ -46,7 +45,7 @@ FINF_INLINE Vec exp_of(Vec x) {
 
 // e^x - 1 for x < 88, without cancellation; past that the caller drops what it gets.
 FINF_INLINE Vec expm1_of(Vec x) {
-    const Split s = split(x);
+    const Split s = split(max(Vec(LOWEST_EXP), x));
     const Vec power = scale(Vec(1.0f), s.n);
     return fma(power * s.r, polynomial(EXPM1, s.r), power - Vec(1.0f));
 }
