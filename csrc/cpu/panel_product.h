@@ -3,31 +3,16 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "../check.h"
 #include "isa/kernels.h"
 #include "ordered_sum.h"
+#include "scratch.h"
 
 namespace finf {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Uninitialized numbers on a cache line's border.
-class Buffer {
-  public:
-    explicit Buffer(int64_t count) : memory_(new float[static_cast<size_t>(count) + LINE]) {}
-
-    float* get() const {
-        const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
-        return memory_.get() + (LINE - address / sizeof(float) % LINE) % LINE;
-    }
-
-  private:
-    static constexpr size_t LINE = 16;
-    std::unique_ptr<float[]> memory_;
-};
 
 // Rows side by side, float32 or bfloat16, for each query; stride_q is 0 where all share them.
 struct Matrix {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace finf {
@@ -21,6 +22,21 @@ class Scratch {
     static constexpr size_t LINE = 16;  // numbers of a line of 64 bytes
     std::vector<float> room_;
     float* first_;
+};
+
+// Uninitialized numbers on a cache line's border.
+class Buffer {
+  public:
+    explicit Buffer(int64_t count) : memory_(new float[static_cast<size_t>(count) + LINE]) {}
+
+    float* get() const {
+        const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
+        return memory_.get() + (LINE - address / sizeof(float) % LINE) % LINE;
+    }
+
+  private:
+    static constexpr size_t LINE = 16;
+    std::unique_ptr<float[]> memory_;
 };
 
 }  // namespace finf

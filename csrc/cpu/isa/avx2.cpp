@@ -197,9 +197,18 @@ FINF_INLINE Vec as_float(Words a) { return _mm256_castsi256_ps(a.v); }
 #endif
 
 namespace finf {
-const Kernels AVX2 = {
-    "avx2",  CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr, flops_of_fma,        noise_row, &DELIVERY};
+const Kernels AVX2 = {"avx2",
+                      CROSS_ENTROPY_DELTA,
+                      NORM_ROWS<Bf16>,
+                      ACTIVATE<Bf16>,
+                      &SQUARED_ERROR_DELTA,
+                      ATTENTION_DELTA,
+                      &HEAD,
+                      &PANELS,
+                      nullptr,
+                      flops_of_fma,
+                      noise_row,
+                      &DELIVERY};
 }
 
 #endif

@@ -176,17 +176,27 @@ FINF_INLINE Vec pair_of(Vec first, Vec second) {
     return _mm512_castsi512_ps(
         _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16), _mm512_castps_si512(second.v)));
 }
-// The nearest bfloat16; of the same extension.
-FINF_INLINE void store_nearest(Bf16* p, Vec a) {
+// The nearest bfloat16 by an instruction of the same extension, where `narrow` takes eight: zero for what is below the
+// normal numbers.
+FINF_INLINE __m256i narrow_at_once(Vec a) {
     __m256i bits;
     __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(a.v));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+    return bits;
+}
+FINF_INLINE void store_nearest(Bf16* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_at_once(a));
 }
 // The same as a number.
-FINF_INLINE Vec nearest(Vec a) {
-    __m256i bits;
-    __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(a.v));
-    return widen(bits);
+FINF_INLINE Vec nearest(Vec a) { return widen(narrow_at_once(a)); }
+
+// Read as any other, and written that way.
+struct NearestBf16 : Bf16 {};
+FINF_INLINE void store(NearestBf16* p, Vec a) { store_nearest(p, a); }
+FINF_INLINE void store_first(NearestBf16* p, Vec a, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first(count), narrow_at_once(a));
+}
+FINF_INLINE void stream(NearestBf16* p, Vec a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_at_once(a));
 }
 #define FINF_PAIRS
 
@@ -215,16 +225,43 @@ FINF_INLINE Vec nearest(Vec a) {
 #endif
 
 namespace finf {
-const Kernels AVX512 = {
-    "avx512", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr,  flops_of_fma,        noise_row, &DELIVERY};
-const Kernels AVX512_BF16 = {"avx512_bf16",        CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
-                             &SQUARED_ERROR_DELTA, ATTENTION_DELTA,     &HEAD,     &PANELS,
-                             &PAIR_PANELS,         flops_of_fma,        noise_row, &DELIVERY};
+const Kernels AVX512 = {"avx512",
+                        CROSS_ENTROPY_DELTA,
+                        NORM_ROWS<Bf16>,
+                        ACTIVATE<Bf16>,
+                        &SQUARED_ERROR_DELTA,
+                        ATTENTION_DELTA,
+                        &HEAD,
+                        &PANELS,
+                        nullptr,
+                        flops_of_fma,
+                        noise_row,
+                        &DELIVERY};
+const Kernels AVX512_BF16 = {"avx512_bf16",
+                             CROSS_ENTROPY_DELTA,
+                             NORM_ROWS<NearestBf16>,
+                             ACTIVATE<NearestBf16>,
+                             &SQUARED_ERROR_DELTA,
+                             ATTENTION_DELTA,
+                             &HEAD,
+                             &PANELS,
+                             &PAIR_PANELS,
+                             flops_of_fma,
+                             noise_row,
+                             &DELIVERY};
 #if defined(__x86_64__)
-const Kernels AMX_BF16 = {"amx_bf16",           CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE,
-                          &SQUARED_ERROR_DELTA, ATTENTION_BY_TILES,  &HEAD,     &PANELS,
-                          &TILE_PANELS,         flops_of_tiles,      noise_row, &DELIVERY};
+const Kernels AMX_BF16 = {"amx_bf16",
+                          CROSS_ENTROPY_DELTA,
+                          NORM_ROWS<NearestBf16>,
+                          ACTIVATE<NearestBf16>,
+                          &SQUARED_ERROR_DELTA,
+                          ATTENTION_BY_TILES,
+                          &HEAD,
+                          &PANELS,
+                          &TILE_PANELS,
+                          flops_of_tiles,
+                          noise_row,
+                          &DELIVERY};
 #endif
 }  // namespace finf
 

@@ -187,7 +187,16 @@ FINF_INLINE Vec as_float(Words a) { return (F4)a.v; }
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {
-    "baseline", CROSS_ENTROPY_DELTA, NORM_ROWS, ACTIVATE, &SQUARED_ERROR_DELTA, ATTENTION_DELTA, &HEAD, &PANELS,
-    nullptr,    flops_of_fma,        noise_row, &DELIVERY};
+const Kernels BASELINE = {"baseline",
+                          CROSS_ENTROPY_DELTA,
+                          NORM_ROWS<Bf16>,
+                          ACTIVATE<Bf16>,
+                          &SQUARED_ERROR_DELTA,
+                          ATTENTION_DELTA,
+                          &HEAD,
+                          &PANELS,
+                          nullptr,
+                          flops_of_fma,
+                          noise_row,
+                          &DELIVERY};
 }

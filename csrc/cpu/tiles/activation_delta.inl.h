@@ -36,10 +36,18 @@ struct Block {
     int64_t count;
 };
 
+// In two passes: a processor sees only so many instructions ahead, and the chain from a number over its exponential to
+// its series would leave it idle (Zen 5: 27 cycles a vector of silu instead of 40).
 template <class F, class T>
 FINF_INLINE void write_values(const Block<T>& block, ActivationBuffers& room) {
     each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
-        const Prepared p = F::of(load_up_to(block.x0 + v, count, T{}));
+        const Core core = F::core(load_up_to(block.x0 + v, count, T{}));
+        store(room.c1 + v, core.up);
+        store(room.c2 + v, core.down);
+    });
+    each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
+        const Core core = {load(room.c1 + v), load(room.c2 + v)};
+        const Prepared p = F::of(load_up_to(block.x0 + v, count, T{}), core);
         room.keep(v, p);
         put(block.y, v, block.gate0 ? p.f * load_up_to(block.gate0 + v, count, T{}) : p.f, count);
     });
@@ -102,12 +110,13 @@ void activate(const ActivationRows& op, int64_t begin, int64_t end) {
 }
 
 // In the order of ACTIVATIONS in kernels.h.
+template <class Half>
 void (*const ACTIVATE[][2])(const ActivationRows&, int64_t, int64_t) = {
-    {activate<Relu, float>, activate<Relu, Bf16>},
-    {activate<Gelu, float>, activate<Gelu, Bf16>},
-    {activate<Gated<GeluTanhGate>, float>, activate<Gated<GeluTanhGate>, Bf16>},
-    {activate<Gated<SiluGate>, float>, activate<Gated<SiluGate>, Bf16>},
-    {activate<Sigmoid<2>, float>, activate<Sigmoid<2>, Bf16>},
-    {activate<Sigmoid<1>, float>, activate<Sigmoid<1>, Bf16>},
-    {activate<Gated<QuickGeluGate>, float>, activate<Gated<QuickGeluGate>, Bf16>},
+    {activate<Relu, float>, activate<Relu, Half>},
+    {activate<Gelu, float>, activate<Gelu, Half>},
+    {activate<Gated<GeluTanhGate>, float>, activate<Gated<GeluTanhGate>, Half>},
+    {activate<Gated<SiluGate>, float>, activate<Gated<SiluGate>, Half>},
+    {activate<Sigmoid<2>, float>, activate<Sigmoid<2>, Half>},
+    {activate<Sigmoid<1>, float>, activate<Sigmoid<1>, Half>},
+    {activate<Gated<QuickGeluGate>, float>, activate<Gated<QuickGeluGate>, Half>},
 };

@@ -1,9 +1,9 @@
 // Functions of one number and their exact changes f(h + d) - f(h), over Vec. Included inside an instruction set's
 // namespace; the same mathematics in torch is finf_fast/reference/changes.py.
 //
-// Each function is a struct: of(h) gives its value and its series at h, which all changes of h share; by_series takes a
-// change up to the limit that came with it, in four steps; by_formula is right for every change. Which of the two a
-// number takes depends on nothing but h and d.
+// Each function is a struct: core(h) gives the two numbers that take an exponential; of(h, core), which all changes of
+// h share, its value and its series at h; by_series takes a change up to the limit that came with it, in four steps;
+// by_formula is right for every change. Which of the two a number takes depends on nothing but h and d.
 #pragma once
 
 #include "exponentials.inl.h"
@@ -13,7 +13,17 @@ struct Prepared {
     Vec f, c1, c2, c3, c4, limit;
 };
 
+// Of a sigmoid: it at y and at -y, each with all its digits. Of the normal distribution: e^(-x^2/2), and Phi(-|x|).
+struct Core {
+    Vec up, down;
+};
+
 FINF_INLINE Vec series(const Prepared& p, Vec d) { return d * fma(fma(fma(p.c4, d, p.c3), d, p.c2), d, p.c1); }
+
+template <class F>
+FINF_INLINE Prepared prepared(Vec h) {
+    return F::of(h, F::core(h));
+}
 
 // Out of the loop, which stays small: most changes are short, and where many are not the call costs little beside them.
 template <class F>
@@ -34,12 +44,7 @@ constexpr float SHORT_INVERSE[] = {1.0f,           -1.0000004289f, 1.0000004288f
 constexpr float TAIL[] = {0.7290836684f,   -0.5093323282f,  0.2300193986f,     -0.04725528543f,  -0.01048009395f,
                           0.006920007984f, 0.001074733851f, -0.0008977559842f, -0.0002629911409f};
 
-// The sigmoid of y and of -y, each with all its digits.
-struct Sides {
-    Vec up, down;
-};
-
-FINF_INLINE Sides sides(Vec y) {
+FINF_INLINE Core sides(Vec y) {
     const Vec w = exp_of(negative(abs(y))), more = Vec(1.0f) / (Vec(1.0f) + w), less = w * more;
     return {select_less(y, Vec(0.0f), less, more), select_less(y, Vec(0.0f), more, less)};
 }
@@ -52,15 +57,15 @@ FINF_INLINE Vec half_tanh(Vec y) {
 
 // sigmoid(y + dy) - sigmoid(y) for |dy| <= 1/4, by tanh's addition theorem: with t = tanh(y/2) and x = tanh(dy/2) it is
 // 2 sigmoid(y) sigmoid(-y) x / (1 + t x).
-FINF_INLINE Vec near_step(Sides at, Vec dy) {
+FINF_INLINE Vec near_step(Core at, Vec dy) {
     const Vec z = Vec(0.5f) * dy, x = z * polynomial(SHORT_TANH, z * z), t = at.up - at.down;
     return Vec(2.0f) * at.up * at.down * x * polynomial(SHORT_INVERSE, t * x);
 }
 
 // The same for every dy, y1 being y + dy: expm1(dy) sigmoid(y) sigmoid(-y1), mirrored where dy > 0 so that the
 // exponential stays below 1.
-FINF_INLINE Vec far_step(Sides at, Vec y1, Vec dy) {
-    const Sides after = sides(y1);
+FINF_INLINE Vec far_step(Core at, Vec y1, Vec dy) {
+    const Core after = sides(y1);
     const Vec rise = negative(at.down * after.up), fall = at.up * after.down;
     return select_less(Vec(0.0f), dy, rise, fall) * expm1_of(negative(abs(dy)));
 }
@@ -79,7 +84,7 @@ struct Series {
     Vec one, two, three, four;
 };
 
-FINF_INLINE Series sigmoid_series(Sides at) {
+FINF_INLINE Series sigmoid_series(Core at) {
     const Vec p = at.up * at.down, t = at.up - at.down, third = p * fma(p, Vec(-1.0f), Vec(1.0f / 6));
     const Vec fourth = p * t * fma(p, Vec(0.5f), Vec(-1.0f / 24));
     return {p, Vec(-0.5f) * p * t, third, fourth};
@@ -87,29 +92,30 @@ FINF_INLINE Series sigmoid_series(Sides at) {
 
 struct Relu {
     // The corner: c1 is what lies below it, c2 minus what lies above.
-    static FINF_MEMBER Prepared of(Vec h) {
+    static FINF_MEMBER Core core(Vec h) { return {h, h}; }
+    static FINF_MEMBER Prepared of(Vec h, Core) {
         const Vec above = max(Vec(0.0f), h), below = negative(max(Vec(0.0f), negative(h)));
         return {above, below, negative(above), h, h, Vec(FLT_MAX)};
     }
     // d above the corner, what sticks out of it below.
     static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return max(p.c2, d + p.c1); }
-    static FINF_MEMBER Vec by_formula(Vec h, Vec d) { return by_series(of(h), d); }
+    static FINF_MEMBER Vec by_formula(Vec h, Vec d) { return by_series(prepared<Relu>(h), d); }
 };
 
 // sigmoid(K x) for K = 1, and tanh(x) = 2 sigmoid(2x) - 1 for K = 2: K times the step of sigmoid(K x).
 template <int K>
 struct Sigmoid {
-    static FINF_MEMBER Prepared of(Vec h) {
-        const Vec k(K), k2 = k * k, y = k * h;
-        const Sides at = sides(y);
+    static FINF_MEMBER Core core(Vec h) { return sides(Vec(K) * h); }
+    static FINF_MEMBER Prepared of(Vec h, Core at) {
+        const Vec k(K), k2 = k * k;
         const Series s = sigmoid_series(at);
-        const Vec f = K == 1 ? at.up : half_tanh(y);
+        const Vec f = K == 1 ? at.up : half_tanh(k * h);
         return {f, k2 * s.one, k2 * k * s.two, k2 * k2 * s.three, k2 * k2 * k * s.four, Vec(LARGEST_SERIES / K)};
     }
     static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return series(p, d); }
     static FINF_MEMBER Vec by_formula(Vec h, Vec d) {
         const Vec k(K), y = k * h, dy = k * d;
-        const Sides at = sides(y);
+        const Core at = sides(y);
         const Vec near = near_step(at, dy), far = far_step(at, y + dy, dy);
         return k * select_less(Vec(SHORT_REACH), abs(dy), far, near);
     }
@@ -123,9 +129,8 @@ FINF_INLINE Prepared product_series(Vec h, Vec g, Series s, Vec limit) {
 // x sigmoid(y) with y = Gate::of(x), whose series is y1 d + y2 d^2 + y3 d^3, exactly.
 template <class Gate>
 struct Gated {
-    static FINF_MEMBER Prepared of(Vec h) {
-        const Vec y = Gate::of(h);
-        const Sides at = sides(y);
+    static FINF_MEMBER Core core(Vec h) { return sides(Gate::of(h)); }
+    static FINF_MEMBER Prepared of(Vec h, Core at) {
         const Series s = sigmoid_series(at), by = Gate::series(h);
         const Vec y1 = by.one, y2 = by.two, y3 = by.three, square = y1 * y1;
         const Series g = {s.one * y1, fma(s.one, y2, s.two * square),
@@ -138,7 +143,7 @@ struct Gated {
     static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return series(p, d); }
     static FINF_MEMBER Vec by_formula(Vec h, Vec d) {
         const Vec h1 = h + d, y = Gate::of(h), y1 = Gate::of(h1), dy = Gate::change(h, d);
-        const Sides at = sides(y);
+        const Core at = sides(y);
         const Vec near = near_step(at, dy);
         const Vec far = far_step(at, y1, dy), held = d * at.up;
         const Vec jump = far_product(h * at.up, h1 * sides(y1).up, d, fma(far, h1, held));
@@ -172,12 +177,8 @@ struct GeluTanhGate {
     }
 };
 
-struct Normal {
-    Vec density, tail;  // e^(-x^2/2), and Phi(-|x|)
-};
-
 // x is split at 2^-8, so that the square of its first part is exact: a rounded x^2 would cost the tail its digits.
-FINF_INLINE Normal normal(Vec h) {
+FINF_INLINE Core normal(Vec h) {
     constexpr float SPLITTER = 49152.0f;  // 1.5 * 2^15, whose last digit is 2^-8
     const Vec x = select_less(Vec(16.0f), abs(h), Vec(16.0f), abs(h));
     const Vec high = (x + Vec(SPLITTER)) - Vec(SPLITTER), q = Vec(0.5f) * ((x - high) * (x + high));
@@ -196,19 +197,19 @@ struct Gelu {
     static constexpr float REACH = 0.4f;
 
     // Phi's terms are Hermite's polynomials times the density; the first left out is within 3e-8 of the first.
-    static FINF_MEMBER Prepared of(Vec h) {
-        const Normal at = normal(h);
-        const Vec p = Vec(ROOT) * at.density, h2 = h * h;
+    static FINF_MEMBER Core core(Vec h) { return normal(h); }
+    static FINF_MEMBER Prepared of(Vec h, Core at) {
+        const Vec p = Vec(ROOT) * at.up, h2 = h * h;
         const Series s = {p, Vec(-0.5f) * p * h, p * fma(h2, Vec(1.0f / 6), Vec(-1.0f / 6)),
                           p * h * fma(h2, Vec(-1.0f / 24), Vec(0.125f))};
-        return product_series(h, distribution(h, at.tail), s, Vec(LARGEST_SERIES) / (abs(h) + Vec(1.3f)));
+        return product_series(h, distribution(h, at.down), s, Vec(LARGEST_SERIES) / (abs(h) + Vec(1.3f)));
     }
     static FINF_MEMBER Vec by_series(const Prepared& p, Vec d) { return series(p, d); }
     static FINF_MEMBER Vec by_formula(Vec h, Vec d) {
-        const Normal at = normal(h);
-        const Vec h1 = h + d, below = distribution(h, at.tail), held = d * below;
-        const Vec near = fma(near_step(Vec(ROOT) * at.density, h, d), h1, held);
-        const Vec t1 = normal(h1).tail, far = fma(far_step(h, at.tail, h1, t1), h1, held);
+        const Core at = normal(h);
+        const Vec h1 = h + d, below = distribution(h, at.down), held = d * below;
+        const Vec near = fma(near_step(Vec(ROOT) * at.up, h, d), h1, held);
+        const Vec t1 = normal(h1).down, far = fma(far_step(h, at.down, h1, t1), h1, held);
         const Vec jump = far_product(h * below, h1 * distribution(h1, t1), d, far);
         return select_less(Vec(REACH), abs(d) * fma(abs(d), Vec(4.0f), abs(h)), jump, near);
     }

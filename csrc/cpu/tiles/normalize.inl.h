@@ -229,4 +229,5 @@ void norm_rows(const NormRows& op, int64_t begin, int64_t end, const NormScratch
     if (op.past_cache) fence();
 }
 
-void (*const NORM_ROWS[2])(const NormRows&, int64_t, int64_t, const NormScratch&) = {norm_rows<float>, norm_rows<Bf16>};
+template <class Half>
+void (*const NORM_ROWS[2])(const NormRows&, int64_t, int64_t, const NormScratch&) = {norm_rows<float>, norm_rows<Half>};
