@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["interleaved", "median_ms", "peak_mib", "ratio"]
+__all__ = ["interleaved", "keep_freed", "median_ms", "peak_mib", "ratio"]
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -59,6 +60,20 @@ def peak_mib(work: Callable[[], object]) -> float:
     before = _status_kib("VmRSS")
     work()
     return (_status_kib("VmHWM") - before) / 1024
+
+
+def keep_freed() -> None:
+    """Has glibc keep what is freed, large blocks too: results then lie in memory that was used before.
+
+    So it is in most of a sweep, where a layer's results take the place of another's; the first touch of new memory is
+    the system's time, and as long as several writings.
+
+    Raises:
+        RuntimeError: another allocator.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if not mallopt or not mallopt(M_MMAP_MAX, 0) or not mallopt(M_TRIM_THRESHOLD, 2**31 - 1):
+        raise RuntimeError("keep_freed: wanted glibc's allocator, got one without mallopt(3)")
 
 
 def _give_back_freed() -> None:

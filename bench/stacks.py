@@ -1,15 +1,18 @@
 """What the benches of the row operations share: stacks of (value, changes), and one measured row of such an operation.
 
-"read" is here a copy of the stack into new memory: what is read once and written once, pages of the result included,
-which on some machines cost more than the copying.
+"read" is here as much reading and writing as the operation needs, by torch's copies: into new memory, whose pages on
+some machines cost more than the copying, or with --kept into memory that was used before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
+import machine
+import measure
 import table
 
 __all__ = ["SHAPES", "main", "make", "measured", "name"]
@@ -30,16 +33,28 @@ def name(x: torch.Tensor, *more: str) -> str:
     return " ".join(["x".join(map(str, x.shape)), str(x.dtype).removeprefix("torch."), *more])
 
 
-def measured(case: str, ours: Callable, plain: Callable, stacks: Sequence[torch.Tensor], rounds: int) -> table.Row:
-    """A row of an operation that reads these stacks, all of one size, and writes another."""
+def measured(
+    case: str, ours: Callable, plain: Callable, stacks: Sequence[torch.Tensor], rounds: int, writes: int = 1
+) -> table.Row:
+    """A row of an operation that reads these stacks, all of one size, and writes as many as `writes` says."""
     x = stacks[0]
-    moved = (1 + len(stacks)) * x.element_size() * x.numel()
-    return table.measured(case, {"ours": ours, "torch": plain, "read": x.clone}, moved, rounds)
+    moved = (len(stacks) + writes) * x.element_size() * x.numel()
+
+    def read() -> None:
+        copies = [stack.clone() for stack in stacks[:writes]]
+        machine.read(*stacks[writes:])
+        del copies
+
+    return table.measured(case, {"ours": ours, "torch": plain, "read": read}, moved, rounds)
 
 
 def main(op: str, what: str, run: Callable[[int, int, int, torch.dtype, int], list[table.Row]], argv=None) -> None:
     """Every shape and dtype through run(Q, N, D, dtype, rounds), as the options say."""
-    options = table.parser(what).parse_args(argv)
+    options = table.parser(what)
+    options.add_argument("--kept", action="store_true", help="results in memory that was used before, as in a sweep")
+    options = options.parse_args(argv)
+    if options.kept:
+        measure.keep_freed()
     torch.set_num_threads(options.threads)
     rounds = options.rounds or (3 if options.quick else 15)
     rows = []
@@ -47,4 +62,6 @@ def main(op: str, what: str, run: Callable[[int, int, int, torch.dtype, int], li
         for dtype in (torch.float32, torch.bfloat16):
             for Q, N, D in SHAPES:
                 rows += run(Q, N // (QUICK if options.quick else 1), D, dtype, rounds)
+    if options.kept:
+        rows = [replace(row, case=f"{row.case}, memory kept") for row in rows]
     table.show(op, rows, save=options.save)
