@@ -1,7 +1,7 @@
 """The roofline of the machine the results were measured on, and every operation's saved rows under it, as a picture.
 
 A row's place: operations a byte that has to be moved, each input read once and each result written once, and operations
-a second. Only rows of the newest machine row's processor and number of threads are drawn.
+a second. Only rows of the newest machine row's processor, number of threads and instruction set are drawn.
 
     python bench/machine.py --save         # the roof
     python bench/roofline.py docs/roofline.png
@@ -64,7 +64,7 @@ def points(where: dict) -> list[Point]:
     newest: dict[tuple[str, str], Point] = {}
     for op, maker in makers.items():
         for row in rows(op):
-            if (row["processor"], row["threads"]) == (where["processor"], where["threads"]):
+            if all(row[said] == where[said] for said in ("processor", "threads", "isa")):
                 newest[op, row["case"]] = maker(op, row)
     return list(newest.values())
 
