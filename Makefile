@@ -48,10 +48,10 @@ test: $(VENV)/.installed
 	$(PYTEST)
 
 # Of the instruction sets the best, which comes first, is the one that `make test` runs on; those of AVX-512 and AMX
-# are the same code but for products. The suite for GPUs builds the extension in place: nothing beside it.
+# are the same code but for products and for how activations and norms round to bfloat16. The suite for GPUs builds the extension in place: nothing beside it.
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas()[1:])") && for isa in $$sets; do \
-	  case $$isa in avx512*) tests="$(PRODUCT_TESTS)";; *) tests="$(OP_TESTS)";; esac; \
+	  case $$isa in avx512*) tests="$(BF16_TESTS)";; *) tests="$(OP_TESTS)";; esac; \
 	  echo "instruction set $$isa" && FINF_FORCE_ISA=$$isa $(PYTEST) -q $$tests || exit 1; done
 	$(MAKE) sanitize
 	TRITON_INTERPRET=1 $(PYTEST) -q -k $(TRITON_CHOICE) $(TRITON_TESTS)
@@ -76,7 +76,8 @@ OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_d
   layer_norm_delta linear_cross_entropy_delta linear_delta noise rms_norm_delta segment_sum squared_error_delta tolerance \
   topk_merge))
 
-PRODUCT_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention_delta linear_cross_entropy_delta linear_delta))
+BF16_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation_delta attention_delta group_norm_delta layer_norm_delta \
+  linear_cross_entropy_delta linear_delta rms_norm_delta))
 
 DISK_TESTS := $(addprefix tests/test_,$(addsuffix .py,ahead corpus_arrow corpus_documents corpus_headers io_faults))
 
