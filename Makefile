@@ -48,7 +48,8 @@ test: $(VENV)/.installed
 	$(PYTEST)
 
 # Of the instruction sets the best, which comes first, is the one that `make test` runs on; those of AVX-512 and AMX
-# are the same code but for products and for how activations and norms round to bfloat16. The suite for GPUs builds the extension in place: nothing beside it.
+# are the same code but for products and for how activations and norms round to bfloat16. The suite for GPUs builds the
+# extension in place: nothing beside it.
 prove: $(VENV)/.prove
 	sets=$$($(BIN)/python -c "from finf_fast import _C; print(*_C.isas()[1:])") && for isa in $$sets; do \
 	  case $$isa in avx512*) tests="$(BF16_TESTS)";; *) tests="$(OP_TESTS)";; esac; \

@@ -153,6 +153,19 @@ def test_infinities_and_nan(dtype, kind):
     assert out[1, others].eq(0).all() and torch.equal(out[0, others].double(), value[others])
 
 
+def test_bfloat16_is_rounded_to_the_nearest_even(dtype):
+    """Every product of two significands: exact in float32, some of them halfway between two bfloat16."""
+    if dtype != torch.bfloat16:
+        pytest.skip("of bfloat16")
+    x = torch.arange(128, 256, dtype=torch.float32).repeat_interleave(129)[: 128 * 129]
+    gate = torch.arange(128, 257, dtype=torch.float32).repeat(128) * 2.0**-40
+    gate[::3].neg_()
+    true = (x * gate).to(torch.bfloat16)
+    assert (true.double() != x.double() * gate.double()).any()
+    got = activation_delta(x.to(dtype)[None, None], "relu", gate.to(dtype)[None, None])
+    assert got[0, 0].tolist() == true.tolist()
+
+
 def test_no_change_is_exactly_zero(dtype):
     stack = make_stack(2, 40, size=0.0, dtype=dtype, base=8.0)
     for kind in KINDS:
