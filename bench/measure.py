@@ -69,11 +69,11 @@ def keep_freed() -> None:
     the system's time, and as long as several writings.
 
     Raises:
-        RuntimeError: another allocator.
+        RuntimeError: no mallopt(3) here. (Where another allocator was put in glibc's place, nothing happens.)
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if not mallopt or not mallopt(M_MMAP_MAX, 0) or not mallopt(M_TRIM_THRESHOLD, 2**31 - 1):
-        raise RuntimeError("keep_freed: wanted glibc's allocator, got one without mallopt(3)")
+        raise RuntimeError("keep_freed: wanted glibc's allocator, got none with mallopt(3)")
 
 
 def _give_back_freed() -> None:

@@ -50,9 +50,9 @@ def measured(
 
 def main(op: str, what: str, run: Callable[[int, int, int, torch.dtype, int], list[table.Row]], argv=None) -> None:
     """Every shape and dtype through run(Q, N, D, dtype, rounds), as the options say."""
-    options = table.parser(what)
-    options.add_argument("--kept", action="store_true", help="results in memory that was used before, as in a sweep")
-    options = options.parse_args(argv)
+    parser = table.parser(what)
+    parser.add_argument("--kept", action="store_true", help="results in memory that was used before, as in a sweep")
+    options = parser.parse_args(argv)
     if options.kept:
         measure.keep_freed()
     torch.set_num_threads(options.threads)
@@ -63,5 +63,5 @@ def main(op: str, what: str, run: Callable[[int, int, int, torch.dtype, int], li
             for Q, N, D in SHAPES:
                 rows += run(Q, N // (QUICK if options.quick else 1), D, dtype, rounds)
     if options.kept:
-        rows = [replace(row, case=f"{row.case}, memory kept") for row in rows]
+        rows = [replace(row, case=f"{row.case.strip()}, memory kept") for row in rows]
     table.show(op, rows, save=options.save)

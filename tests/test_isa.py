@@ -98,7 +98,7 @@ def draw(V, lead, step, bf16, rows=6, queries=2):
     return (to_bf16(z), to_bf16(dz), target) if bf16 else (z, dz, target)
 
 
-# Of the head: D around the units of a vector, V around a strip (12, 24, 48), a panel (384) and a part (2048).
+# Of the head: D around the units of a vector, V around a strip (12, 24, 48), a panel (384, or 768) and a part (2048).
 HEADS = [(1, 47, 5), (16, 48, 8), (33, 49, 9), (31, 400, 17), (7, 4500, 9)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import checks
 from checks import LONG, exact, relative
 from finf_fast import ops, reference
-from finf_fast.ops import linear_cross_entropy_delta, linear_cross_entropy_delta_out
+from finf_fast.ops import dispatch, linear_cross_entropy_delta, linear_cross_entropy_delta_out
 from heads import BOUNDS, FORMS, STEPS, Head, check, logits, make_head, truth
 from journey import cpu_looks
 
@@ -153,7 +153,8 @@ def test_panels(dtype, small_panels, N, V, panel, block, form):
     check(spread, bound=few * BOUNDS[dtype], by_terms=True)
 
 
-# Edges of the compiled tiles. Strips of 12, 24, 48 columns; panels of 384 at most, of one strip where rows are long;
+# Edges of the compiled tiles. Strips of 12, 24, 48 columns; panels of 384 at most, 768 where all changes are of the
+# input, one strip where rows are long;
 # parts of the vocabulary from 4096 on. Groups of 8 rows in halves; blocks of 2048 rows of values and changes. Units of
 # one number or of two, packed 4, 8 or 16 at a time.
 COLUMNS = [11, 12, 13, 24, 25, 47, 48, 49, 97, 383, 384, 385, 800, 4095, 4096, 4097, 6200]
@@ -175,6 +176,39 @@ def test_columns(dtype, V):
     check(head, bound=few(dtype), by_terms=True)
     last = replace(head, target=torch.full((3,), V - 1))
     check(last, bound=few(dtype), by_terms=True)
+
+
+@pytest.mark.parametrize("V", [767, 768, 769, 1537, 6200])
+@pytest.mark.parametrize("Q", [1, 2])
+def test_columns_of_whole_groups(dtype, Q, V):
+    """Eight rows, whose first changes are formed with their values, panel by panel and part by part, and a ninth."""
+    for form in ("input", "input and low rank and bias"):
+        check(make_head(form, N=9, D=8, V=V, Q=Q, step=1e-3, dtype=dtype), bound=few(dtype), by_terms=True)
+    for options in ({}, {"softcap": 5.0}, {"label_smoothing": 0.1}):
+        head = make_head("input", N=9, D=8, V=V, Q=Q, step=3, lead=6, dtype=dtype, **options)
+        check(head, bound=few(dtype), by_terms=True)
+
+
+@pytest.mark.parametrize("form", ["input", "input and dense", EVERYTHING])
+def test_a_query_has_its_bits_alone_and_beside_others(form):
+    """The reference uses torch's products."""
+    three = make_head(form, N=20, D=16, V=1600, Q=3, step=1e-2)
+    parts = {name: getattr(three, name) for name in ("dx", "dW", "db") if getattr(three, name) is not None}
+    one = replace(three, **{name: x[:1] for name, x in parts.items()})
+    if three.dW_factors is not None:
+        one = replace(one, dW_factors=tuple(f[:1] for f in three.dW_factors))
+    with checks.forced("cpp"):
+        (base, delta), (alone, change) = three.run(), one.run()
+    assert torch.equal(base, alone) and torch.equal(delta[:1], change)
+
+
+def test_no_row_of_no_vocabulary():
+    """As the compiled face has it; the public one refuses V = 0."""
+    x, dx, W, target, bias, db = (0, 4), (0, 0, 0), (0, 4), (0,), (0,), (0, 0)
+    dW, U, R, out = (0, 0, 0, 0), (0, 0, 0, 0), (0, 0), (0, 0, 0)
+    sizes, options = (0, 4, 0, 1), (0.0, -100, 0.0, 1)
+    given = (0, *x, *dx, *W, *target, *bias, *db, *dW, *U, *R, *out, *sizes, *options)
+    assert dispatch.compiled().linear_cross_entropy_delta(*given) is None
 
 
 @pytest.mark.parametrize("N, Q", ROWS)
@@ -216,18 +250,19 @@ def test_the_compiled_face_rounds_no_change(form):
             check(make_head(form, N=32, D=64, step=step, dtype=torch.bfloat16), bound=BOUNDS[torch.float32])
 
 
-def mixed(dtype) -> Head:
+def mixed(dtype, form=EVERYTHING) -> Head:
     """Rows for several blocks, columns for several parts; some rows far, some ignored."""
-    head = make_head(EVERYTHING, N=700, D=9, V=4500, Q=3, step=1e-2, dtype=dtype, label_smoothing=0.1)
+    head = make_head(form, N=700, D=9, V=4500, Q=3, step=1e-2, dtype=dtype, label_smoothing=0.1)
     head.dx[1, ::50] *= 1e4
     head.target[::7] = -100
     return head
 
 
+@pytest.mark.parametrize("form", ["input", EVERYTHING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_face_gives_the_same_bits_for_any_number_of_threads(dtype):
+def test_the_compiled_face_gives_the_same_bits_for_any_number_of_threads(dtype, form):
     """The reference uses torch's products, whose order of sums is torch's affair."""
-    threads, head = torch.get_num_threads(), mixed(dtype)
+    threads, head = torch.get_num_threads(), mixed(dtype, form)
     try:
         results = []
         for count in (1, 2, 3, 7):
@@ -240,8 +275,9 @@ def test_the_compiled_face_gives_the_same_bits_for_any_number_of_threads(dtype):
         assert torch.equal(base, results[0][0]) and torch.equal(delta, results[0][1])
 
 
-def test_blocks_and_parts_at_once():
-    head = mixed(torch.float32)
+@pytest.mark.parametrize("form", ["input", EVERYTHING])
+def test_blocks_and_parts_at_once(form):
+    head = mixed(torch.float32, form)
     with checks.forced("reference"):
         base, delta = head.run()
     with checks.forced("cpp"):

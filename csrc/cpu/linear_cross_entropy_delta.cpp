@@ -1,6 +1,7 @@
 // The vocabulary is walked in panels of columns that fit the second-level cache: a panel of W is packed once, the
-// logits of some rows are formed from it, turned into e^(z - m) and kept, and then query by query their changes, which
-// are summed as they come. Logits exist for one panel and one block of rows at a time.
+// logits of some rows are formed from it, turned into e^(z - m) and kept, and then query by query their changes (the
+// first query's with the logits, where they need nothing but W), which are summed as they come. Logits exist for one
+// panel and one block of rows at a time.
 //
 // The work is cut into blocks of rows times parts of the vocabulary, by the sizes alone, and what the parts of a row
 // add up to is joined in their order: the number of threads changes no bit.
@@ -22,18 +23,18 @@ namespace {
 
 // A packed panel takes four fifths of a second-level cache of 1 MiB: half of it is up to 4 % slower where D = 2048.
 constexpr int64_t PANEL_BYTES = 832 << 10;
-// Past this a wider panel saves nothing, and the rows of logits it gives no longer fit the first-level cache. Where
-// they wait for one query's changes alone, and those come with them, twice as many are 1 to 2 % faster (Zen 5, D =
-// 256).
-constexpr int64_t MOST_COLUMNS = 384, MOST_FOR_ONE_CHANGE = 768;
-// Pieces of work, for a few to each thread of a large machine; none with fewer columns than are worth a start.
+// Past this a wider panel saves nothing, and the logits of all rows of a block, kept for each query's panel, take more
+// memory. Where there is but one panel, twice as many: 1 to 2 % faster with one query, 1 % slower with four (Zen 5).
+constexpr int64_t MOST_COLUMNS = 384, MOST_OF_ONE_PANEL = 768;
+// Pieces of work, for a few to each thread of a large machine; none, but for the last, with fewer columns than are
+// worth a start.
 constexpr int64_t TASKS = 64, LEAST_COLUMNS = 2048;
 
 // Columns of a panel: what fits the caches, in whole strips.
 int64_t panel_columns(const Head& head) {
     const int64_t width = head.value.loops->width, all = ceil_div(head.op.V, width) * width;
     const int64_t fitting = PANEL_BYTES / static_cast<int64_t>(sizeof(float)) / head.units();
-    const int64_t most = head.op.Q == 1 && head.values_bring_changes() ? MOST_FOR_ONE_CHANGE : MOST_COLUMNS;
+    const int64_t most = head.walks_one_panel() ? MOST_OF_ONE_PANEL : MOST_COLUMNS;
     return std::max(width, std::min({most, all, fitting}) / width * width);
 }
 
@@ -49,7 +50,7 @@ struct Sums {
           count(static_cast<int64_t>(rows.size())),
           block(head.block_rows()),
           blocks(ceil_div(count, block)),
-          panels_of_part(ceil_div(panels, most_parts())),
+          panels_of_part(std::max<int64_t>(1, ceil_div(panels, most_parts()))),
           parts(ceil_div(panels, panels_of_part)),
           values(static_cast<size_t>(after ? 0 : parts * count)),
           changes(static_cast<size_t>(after ? 0 : parts * head.op.Q * count)),
@@ -67,7 +68,7 @@ struct Sums {
     const bool after;
     const int64_t columns, panels;       // of a panel; in all
     const int64_t count, block, blocks;  // rows; of a block; blocks
-    // Of the vocabulary, all alike but the last: threads then come to an end together.
+    // Of the vocabulary, all alike but the last: a few threads then come to an end together.
     const int64_t panels_of_part, parts;
     std::vector<RowSums> values;      // (parts, rows)
     std::vector<ChangeSums> changes;  // (parts, Q, rows)
@@ -155,7 +156,8 @@ class Piece {
         for (int64_t i = first_row_; i < last_row_; i += group_) {
             const int64_t count = std::min(group_, last_row_ - i);
             if (head_.changes.empty()) std::fill_n(d_, count * sums_.columns, 0.0f);
-            for (size_t p = q == 0 && brings_changes(count); p < head_.changes.size(); ++p) {
+            const size_t first = q == 0 && brings_changes(count) ? 1 : 0;
+            for (size_t p = first; p < head_.changes.size(); ++p) {
                 const Product& change = head_.changes[p];
                 const float* panel = change.shares_panel ? panel_.get() : own_panels_[p].get();
                 fetch_after(change, q, i);

@@ -75,8 +75,13 @@ class Head {
     // Whether the values' product brings the first query's changes too: a strip of the panel then comes from the
     // second-level cache once for both. Measured (Zen 5, one thread): 1 % at D = 256, 2 % at D = 768.
     bool values_bring_changes() const {
-        return op.Q > 0 && !changes.empty() && changes[0].shares_panel && !packs_by_query() &&
-               2 * group() <= MOST_GROUP;
+        return op.Q > 0 && !changes.empty() && changes[0].shares_panel && !packs_by_query() && fits_twice();
+    }
+
+    // Whether all products share the values' panel; of loops that were measured so. Without regard to Q: a query's
+    // numbers have the same bits with others beside it.
+    bool walks_one_panel() const {
+        return fits_twice() && std::all_of(changes.begin(), changes.end(), [](auto& one) { return one.shares_panel; });
     }
 
     // Rows that share a packed panel, each with its value and its changes, or with one change at a time.
@@ -97,6 +102,8 @@ class Head {
     }
 
   private:
+    bool fits_twice() const { return 2 * group() <= MOST_GROUP; }
+
     static Product product(const Matrix& rows, const Matrix& moved, const Matrix& W, int64_t D) {
         const bool pairs = kernels().pairs && rows.dtype == DType::bf16 && W.dtype == DType::bf16;
         return {rows, moved, W, D, pairs ? kernels().pairs : kernels().panels, nullptr, false};

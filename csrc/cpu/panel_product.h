@@ -30,8 +30,8 @@ struct Matrix {
 
     float number(int64_t q, int64_t n, int64_t column) const {
         const void* at = row(q, n, column);
-        return static_cast<float>(dtype == DType::bf16 ? to_double(*static_cast<const Bf16*>(at))
-                                                       : to_double(*static_cast<const float*>(at)));
+        return dtype == DType::bf16 ? static_cast<float>(to_double(*static_cast<const Bf16*>(at)))
+                                    : *static_cast<const float*>(at);
     }
 
     // Asks for the first numbers of a row, into the second-level cache: a panel that passes through the first would

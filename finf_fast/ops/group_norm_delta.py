@@ -42,7 +42,8 @@ def group_norm_delta(
 
     Returns:
         (1+Q, B, C, ...) in the stack's dtype, contiguous; (1, B, C, ...) where nothing changes. The arithmetic inside
-        is float64 for float64, else float32; results are rounded once.
+        is float64 for float64, else float32; results are rounded once. A processor that rounds to bfloat16 itself makes
+        those below 1.2e-38 zero.
 
     Raises:
         TypeError: a dtype not named above.

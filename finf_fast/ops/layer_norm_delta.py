@@ -50,7 +50,8 @@ def layer_norm_delta(
     Returns:
         (1+Q, ..., D) in the stack's dtype, contiguous; (1, ..., D) where nothing changes. With a residual the pair of
         that and the sum, whose leading size is the larger one of its terms. The arithmetic inside is float64 for
-        float64, else float32; results are rounded once.
+        float64, else float32; results are rounded once. A processor that rounds to bfloat16 itself makes those below
+        1.2e-38 zero.
 
     Raises:
         TypeError: a dtype not named above, or the residual's is not the stack's.

@@ -38,7 +38,7 @@ def rms_norm_delta(
 
     Returns:
         (1+Q, ..., D) in the stack's dtype, contiguous; (1, ..., D) where nothing changes. With a residual the pair of
-        that and the sum.
+        that and the sum. Rounded as there.
 
     Raises:
         TypeError: a dtype not named above, or the residual's is not the stack's.

@@ -103,7 +103,7 @@ FINF_INLINE bool all_at_most(Vec a, Vec bound) {
 // The size of a with the sign of b.
 FINF_INLINE Vec copy_sign(Vec a, Vec b) { return _mm256_or_ps(abs(a).v, _mm256_and_ps(_mm256_set1_ps(-0.0f), b.v)); }
 
-// p 2^n for a whole n < 128; zero where that is below the normal numbers, whatever p is; NaN stays: the comparison is
+// p 2^n for a whole n < 128; zero where 2^n is below the normal numbers, whatever p is; NaN stays: the comparison is
 // "not less than".
 FINF_INLINE Vec scale(Vec p, Vec n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

@@ -105,7 +105,7 @@ FINF_INLINE bool all_at_most(Vec a, Vec bound) {
 // The size of a with the sign of b.
 FINF_INLINE Vec copy_sign(Vec a, Vec b) { return (F4)(((I4)a.v & 0x7fffffff) | ((I4)b.v & ~0x7fffffff)); }
 
-// p 2^n for a whole n < 128; zero where that is below the normal numbers, whatever p is; NaN stays, since a comparison
+// p 2^n for a whole n < 128; zero where 2^n is below the normal numbers, whatever p is; NaN stays, since a comparison
 // with it is false.
 FINF_INLINE Vec scale(Vec p, Vec n) {
     const I4 whole = __builtin_convertvector(max(Vec(-127.0f), n).v, I4);

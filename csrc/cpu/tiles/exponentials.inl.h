@@ -8,7 +8,7 @@ constexpr float ROUNDER = 12582912.0f;
 constexpr float LOG2_E = 1.44269504088896341f;
 // ln 2 in two parts; the first has 15 bits, so that its product with a whole number up to 2^9 is exact.
 constexpr float LN2_HIGH = 0.693145751953125f, LN2_LOW = 1.42860682030941723e-6f;
-// e^-140 is zero in float32, and a whole number this small never overflows on its way to an exponent.
+// e^-140 is zero in float32: from there on e^x - 1 is -1, and what is split below stays a number.
 constexpr float LOWEST_EXP = -140.0f;
 
 // Polynomials P fitted for the least relative error on the interval named (Lawson's iteration).
