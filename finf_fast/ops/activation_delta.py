@@ -34,8 +34,8 @@ def activation_delta(stack: Tensor, kind: str, gate: Tensor | None = None) -> Te
 
     Returns:
         (1+Q, ...) in the stack's dtype, contiguous; (1, ...) where nothing changes. The arithmetic inside is float64
-        for float64, else float32; results are rounded once. A processor that rounds to bfloat16 itself makes those below
-        1.2e-38 zero.
+        for float64, else float32; results are rounded once. A processor that rounds to bfloat16 itself makes those
+        below 1.2e-38 zero.
 
     Raises:
         TypeError: a dtype not named above, or the gate's is not the stack's.
