@@ -177,16 +177,7 @@ FINF_INLINE Words counting_from(uint32_t first) {
 FINF_INLINE Vec to_float(Words a) { return _mm256_cvtepi32_ps(a.v); }
 FINF_INLINE Vec as_float(Words a) { return _mm256_castsi256_ps(a.v); }
 
-#include "../tiles/activation_delta.inl.h"
-#include "../tiles/attention_delta.inl.h"
-#include "../tiles/cross_entropy_delta.inl.h"
-#include "../tiles/delivery.inl.h"
-#include "../tiles/fma_peak.inl.h"
-#include "../tiles/gemm_panel.inl.h"
-#include "../tiles/linear_cross_entropy_delta.inl.h"
-#include "../tiles/noise.inl.h"
-#include "../tiles/normalize.inl.h"
-#include "../tiles/squared_error_delta.inl.h"
+#include "../tiles/kernels.inl.h"
 
 }  // namespace
 
@@ -197,18 +188,7 @@ FINF_INLINE Vec as_float(Words a) { return _mm256_castsi256_ps(a.v); }
 #endif
 
 namespace finf {
-const Kernels AVX2 = {"avx2",
-                      CROSS_ENTROPY_DELTA,
-                      NORM_ROWS<Bf16>,
-                      ACTIVATE<Bf16>,
-                      &SQUARED_ERROR_DELTA,
-                      ATTENTION_DELTA,
-                      &HEAD,
-                      &PANELS,
-                      nullptr,
-                      flops_of_fma,
-                      noise_row,
-                      &DELIVERY};
+const Kernels AVX2 = kernels_of<Bf16>("avx2");
 }
 
 #endif

@@ -200,20 +200,27 @@ FINF_INLINE void stream(NearestBf16* p, Vec a) {
 }
 #define FINF_PAIRS
 
-#include "../tiles/activation_delta.inl.h"
-#include "../tiles/attention_delta.inl.h"
-#include "../tiles/cross_entropy_delta.inl.h"
-#include "../tiles/delivery.inl.h"
-#include "../tiles/fma_peak.inl.h"
-#include "../tiles/gemm_panel.inl.h"
-#include "../tiles/linear_cross_entropy_delta.inl.h"
-#include "../tiles/noise.inl.h"
-#include "../tiles/normalize.inl.h"
-#include "../tiles/squared_error_delta.inl.h"
+#include "../tiles/kernels.inl.h"
 #if defined(__x86_64__)
 #include "../tiles/gemm_tiles.inl.h"
 // after it
 #include "../tiles/attention_tiles.inl.h"
+#endif
+
+constexpr finf::Kernels kernels_of_pairs() {
+    finf::Kernels kernels = kernels_of<NearestBf16>("avx512_bf16");
+    kernels.pairs = &PAIR_PANELS;
+    return kernels;
+}
+
+#if defined(__x86_64__)
+constexpr finf::Kernels kernels_of_tiles() {
+    finf::Kernels kernels = kernels_of<NearestBf16>("amx_bf16");
+    kernels.attention_delta = ATTENTION_BY_TILES;
+    kernels.pairs = &TILE_PANELS;
+    kernels.flops_of_fma = flops_of_tiles;
+    return kernels;
+}
 #endif
 
 }  // namespace
@@ -225,43 +232,10 @@ FINF_INLINE void stream(NearestBf16* p, Vec a) {
 #endif
 
 namespace finf {
-const Kernels AVX512 = {"avx512",
-                        CROSS_ENTROPY_DELTA,
-                        NORM_ROWS<Bf16>,
-                        ACTIVATE<Bf16>,
-                        &SQUARED_ERROR_DELTA,
-                        ATTENTION_DELTA,
-                        &HEAD,
-                        &PANELS,
-                        nullptr,
-                        flops_of_fma,
-                        noise_row,
-                        &DELIVERY};
-const Kernels AVX512_BF16 = {"avx512_bf16",
-                             CROSS_ENTROPY_DELTA,
-                             NORM_ROWS<NearestBf16>,
-                             ACTIVATE<NearestBf16>,
-                             &SQUARED_ERROR_DELTA,
-                             ATTENTION_DELTA,
-                             &HEAD,
-                             &PANELS,
-                             &PAIR_PANELS,
-                             flops_of_fma,
-                             noise_row,
-                             &DELIVERY};
+const Kernels AVX512 = kernels_of<Bf16>("avx512");
+const Kernels AVX512_BF16 = kernels_of_pairs();
 #if defined(__x86_64__)
-const Kernels AMX_BF16 = {"amx_bf16",
-                          CROSS_ENTROPY_DELTA,
-                          NORM_ROWS<NearestBf16>,
-                          ACTIVATE<NearestBf16>,
-                          &SQUARED_ERROR_DELTA,
-                          ATTENTION_BY_TILES,
-                          &HEAD,
-                          &PANELS,
-                          &TILE_PANELS,
-                          flops_of_tiles,
-                          noise_row,
-                          &DELIVERY};
+const Kernels AMX_BF16 = kernels_of_tiles();
 #endif
 }  // namespace finf
 

@@ -173,30 +173,10 @@ FINF_INLINE Words counting_from(uint32_t first) { return U4{0, 1, 2, 3} + first;
 FINF_INLINE Vec to_float(Words a) { return __builtin_convertvector((I4)a.v, F4); }
 FINF_INLINE Vec as_float(Words a) { return (F4)a.v; }
 
-#include "../tiles/activation_delta.inl.h"
-#include "../tiles/attention_delta.inl.h"
-#include "../tiles/cross_entropy_delta.inl.h"
-#include "../tiles/delivery.inl.h"
-#include "../tiles/fma_peak.inl.h"
-#include "../tiles/gemm_panel.inl.h"
-#include "../tiles/linear_cross_entropy_delta.inl.h"
-#include "../tiles/noise.inl.h"
-#include "../tiles/normalize.inl.h"
-#include "../tiles/squared_error_delta.inl.h"
+#include "../tiles/kernels.inl.h"
 
 }  // namespace
 
 namespace finf {
-const Kernels BASELINE = {"baseline",
-                          CROSS_ENTROPY_DELTA,
-                          NORM_ROWS<Bf16>,
-                          ACTIVATE<Bf16>,
-                          &SQUARED_ERROR_DELTA,
-                          ATTENTION_DELTA,
-                          &HEAD,
-                          &PANELS,
-                          nullptr,
-                          flops_of_fma,
-                          noise_row,
-                          &DELIVERY};
+const Kernels BASELINE = kernels_of<Bf16>("baseline");
 }
