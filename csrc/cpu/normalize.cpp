@@ -69,9 +69,10 @@ void normalize(NormRows op, DType dtype, int64_t threads) {
     const int64_t step = std::max<int64_t>(1, std::min(TASK_NUMBERS / (op.D * (1 + op.Q)), TASK_VALUES / op.D));
     parallel_for((op.N + step - 1) / step, threads, [&](int64_t task) {
         const int64_t width = vectors(op.D);
-        Scratch c0(step * width), sum(width);
+        const Buffer c0(step * width);
+        Scratch sum(std::min(step, MOST_TOGETHER) * width);
         std::vector<NormValue> values(static_cast<size_t>(step));
-        rows(op, task * step, std::min(op.N, task * step + step), {c0.data(), sum.data(), values.data()});
+        rows(op, task * step, std::min(op.N, task * step + step), {c0.get(), sum.data(), values.data()});
     });
 }
 

@@ -68,10 +68,19 @@ struct NormValue {
     double squares, s0;
 };
 
+// Rows that a norm takes each step of one after another: what ends a row's sums, a chain of a hundred cycles and more,
+// passes while the next row's begin. More than 4 KiB at a time would read and write memory in turns too long for it.
+// Measured (Zen 5, one row and two): group norm of 1,024 bfloat16 70 and 83 % of copying; of 768 float32 97 and 91 %.
+constexpr int64_t MOST_TOGETHER = 8;
+inline int64_t rows_together(int64_t row_bytes) {
+    const int64_t some = 4096 / (row_bytes < 1 ? 1 : row_bytes);
+    return some < 1 ? 1 : some < MOST_TOGETHER ? some : MOST_TOGETHER;
+}
+
 // Room for a block of R rows, each buffer from the start of a cache line on.
 struct NormScratch {
     float* c0;          // R vectors(D)
-    float* sum;         // vectors(D), of a change and its residual; zero at the start
+    float* sum;         // MOST_TOGETHER vectors(D), of changes and their residuals; zero at the start
     NormValue* values;  // R
 };
 

