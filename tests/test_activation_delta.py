@@ -166,6 +166,28 @@ def test_bfloat16_is_rounded_to_the_nearest_even(dtype):
     assert got[0, 0].tolist() == true.tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_bfloat16_costs_its_rounding_and_no_more(dtype, kind, gated):
+    """Every value of 2^-9 to 12 and either sign, changes short and long: half a last place, and a hundredth of that."""
+    if dtype != torch.bfloat16 or os.environ["FINF_BACKEND"] == "reference":
+        pytest.skip("of bfloat16; the value is torch's own function in the reference")
+    size = torch.arange(0x3B00, 0x4140, dtype=torch.int16).view(dtype)
+    h = torch.cat([size, -size])
+    steps = torch.tensor([2.0**-k * by for k in (12, 8, 5, 3, 1) for by in (1.0, -1.375)]).to(dtype)
+    gate = torch.ones(1, len(h), dtype=dtype) if gated else None
+    out = activation_delta(torch.cat([h[None], steps[:, None].expand(-1, len(h))]), kind, gate)
+    x = exact(h)
+    for got, true, terms in [
+        (out[0], TRUE[kind](x), 0),
+        *((out[1 + q], TRUE[kind](x + d) - TRUE[kind](x), np.abs(d * slope_scale(kind, x, x + d)))
+          for q, d in enumerate(exact(steps))),
+    ]:  # fmt: skip
+        half = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(true), LONG(1e-37)).astype(np.float64))) - 8)
+        doubt = 64 * np.finfo(LONG).eps * (1 + np.abs(x) ** 3) * (np.abs(TRUE[kind](x)) + 1e-30)
+        assert (np.abs(exact(got) - true) <= half + 2e-5 * (np.abs(true) + terms) + doubt + 1e-37).all()
+
+
 def test_no_change_is_exactly_zero(dtype):
     stack = make_stack(2, 40, size=0.0, dtype=dtype, base=8.0)
     for kind in KINDS:

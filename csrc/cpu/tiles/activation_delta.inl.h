@@ -13,18 +13,20 @@
 constexpr int64_t ACTIVATED = 1024;
 
 struct ActivationBuffers {
-    alignas(64) float f[ACTIVATED], c1[ACTIVATED], c2[ACTIVATED], c3[ACTIVATED], c4[ACTIVATED], limit[ACTIVATED];
+    alignas(64) float f[ACTIVATED], c1[ACTIVATED], c2[ACTIVATED], c3[ACTIVATED], c4[ACTIVATED], bend[ACTIVATED];
 
-    FINF_MEMBER void keep(int64_t v, const Prepared& p) {
-        store(f + v, p.f);
+    // As much as a change of F, and of a gate, reads.
+    template <class F>
+    FINF_MEMBER void keep(int64_t v, const Prepared& p, bool gated) {
+        if (gated) store(f + v, p.f);
         store(c1 + v, p.c1);
         store(c2 + v, p.c2);
-        store(c3 + v, p.c3);
-        store(c4 + v, p.c4);
-        store(limit + v, p.limit);
+        if (F::TERMS > 2) store(c3 + v, p.c3);
+        if (F::TERMS > 3) store(c4 + v, p.c4);
+        if (F::BENDS) store(bend + v, p.bend);
     }
     FINF_MEMBER Prepared at(int64_t v) const {
-        return {load(f + v), load(c1 + v), load(c2 + v), load(c3 + v), load(c4 + v), load(limit + v)};
+        return {load(f + v), load(c1 + v), load(c2 + v), load(c3 + v), load(c4 + v), load(bend + v)};
     }
 };
 
@@ -52,7 +54,7 @@ FINF_INLINE void write_values(const Block<T>& block, ActivationBuffers& room) {
     each_vector(block.count, [&](int64_t v, int64_t count) FINF_LAMBDA {
         const Core core = {load(room.c1 + v), load(room.c2 + v)};
         const Prepared p = F::of(load_up_to(block.x0 + v, count, T{}), core);
-        room.keep(v, p);
+        room.keep<F>(v, p, block.gate0 != nullptr);
         put(block.y, v, block.gate0 ? p.f * load_up_to(block.gate0 + v, count, T{}) : p.f, count);
     });
 }
@@ -65,7 +67,9 @@ FINF_INLINE void write_changes(const Block<T>& block, const ActivationBuffers& r
         const Prepared p = room.at(v);
         const Vec d = load_up_to(block.x + v, count, T{});
         Vec change = F::by_series(p, d);
-        if (!all_at_most(abs(d), p.limit)) change = mended<F>(change, p.limit, load_up_to(block.x0 + v, count, T{}), d);
+        const Vec reach = F::BENDS ? abs(d) * p.bend : abs(d);
+        if (!all_at_most(reach, Vec(F::REACH)))
+            change = mended<F>(change, reach, load_up_to(block.x0 + v, count, T{}), d);
         const Vec after = p.f + change;
         if (GATE != Gate::none) change = change * load_up_to(block.gate0 + v, count, T{});
         if (GATE == Gate::moves) change = fma(after, load_up_to(block.gate + v, count, T{}), change);
@@ -119,10 +123,10 @@ void activate(const ActivationRows& op, int64_t begin, int64_t end) {
 template <class Half>
 void (*const ACTIVATE[][2])(const ActivationRows&, int64_t, int64_t) = {
     {activate<Relu, float>, activate<Relu, Half>},
-    {activate<Gelu, float>, activate<Gelu, Half>},
-    {activate<Gated<GeluTanhGate>, float>, activate<Gated<GeluTanhGate>, Half>},
-    {activate<Gated<SiluGate>, float>, activate<Gated<SiluGate>, Half>},
-    {activate<Sigmoid<2>, float>, activate<Sigmoid<2>, Half>},
-    {activate<Sigmoid<1>, float>, activate<Sigmoid<1>, Half>},
-    {activate<Gated<QuickGeluGate>, float>, activate<Gated<QuickGeluGate>, Half>},
+    {activate<Gelu<Digits::all>, float>, activate<Gelu<Digits::half>, Half>},
+    {activate<Gated<GeluTanhGate, Digits::all>, float>, activate<Gated<GeluTanhGate, Digits::half>, Half>},
+    {activate<Gated<SiluGate, Digits::all>, float>, activate<Gated<SiluGate, Digits::half>, Half>},
+    {activate<Sigmoid<2, Digits::all>, float>, activate<Sigmoid<2, Digits::half>, Half>},
+    {activate<Sigmoid<1, Digits::all>, float>, activate<Sigmoid<1, Digits::half>, Half>},
+    {activate<Gated<QuickGeluGate, Digits::all>, float>, activate<Gated<QuickGeluGate, Digits::half>, Half>},
 };

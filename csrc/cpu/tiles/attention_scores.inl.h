@@ -106,16 +106,15 @@ class Scores : protected Products {
         each_score([&](int64_t i) FINF_LAMBDA {
             const Vec h = load(room_.s + i) / c;
             store(room_.uncapped + i, h);
-            store(room_.s + i, c * prepared<Sigmoid<2>>(h).f);
+            store(room_.s + i, c * prepared<Tanh>(h).f);
         });
     }
     void cap_change() {
         const Vec c(op_.softcap);
         each_score([&](int64_t i) FINF_LAMBDA {
             const Vec h = load(room_.uncapped + i), d = load(room_.ds + i) / c;
-            const Prepared at = prepared<Sigmoid<2>>(h);
-            Vec change = Sigmoid<2>::by_series(at, d);
-            if (!all_at_most(abs(d), at.limit)) change = mended<Sigmoid<2>>(change, at.limit, h, d);
+            Vec change = Tanh::by_series(prepared<Tanh>(h), d);
+            if (!all_at_most(abs(d), Vec(Tanh::REACH))) change = mended<Tanh>(change, abs(d), h, d);
             store(room_.ds + i, c * change);
         });
     }
