@@ -49,14 +49,15 @@ class Row:
 def measured(case: str, ways: dict[str, Callable[[], object]], read_bytes: int, rounds: int) -> Row:
     """One row from the ways "ours", "torch" and "read", the last merely reading the same `read_bytes`."""
     peaks = {name: measure.peak_mib(ways[name]) for name in ("ours", "torch")}
-    seconds = measure.interleaved(ways, rounds)
-    ms = measure.median_ms(seconds["ours"])
+    seconds = measure.interleaved({name: ways[name] for name in ("ours", "torch")}, rounds)
+    alone = measure.interleaved({name: ways[name] for name in ("ours", "read")}, rounds)
+    ms = measure.median_ms(alone["ours"])
     return Row(
         case=case,
         ms=ms,
         gb_per_s=read_bytes / ms / 1e6,
         torch_ratio=measure.ratio(seconds["torch"], seconds["ours"]),
-        read_percent=100 * measure.ratio(seconds["read"], seconds["ours"]),
+        read_percent=100 * measure.ratio(alone["read"], alone["ours"]),
         peak_mib=peaks["ours"],
         torch_peak_mib=peaks["torch"],
     )

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t GLANCE = 64;
 // Candidates gathered before they are sorted in; at least K, so that sorting stays cheap beside looking.
 constexpr int64_t LEAST_GATHERED = 256;
+// Scores that are worth another thread, which takes longer to wake than these to look at.
+constexpr int64_t WORTH_WAKING = 1 << 14;
 
 template <class T>
 struct Entry {
@@ -32,11 +34,6 @@ class Running {
         : values_(static_cast<T*>(op.values) + q * op.K), indices_(op.indices + q * op.K), kept_(op.K) {
         for (int64_t k = 0; k < op.K; ++k) kept_[k] = {values_[k], indices_[k]};
         room_ = static_cast<size_t>(std::max(op.K, LEAST_GATHERED));
-    }
-
-    bool is_sorted() const {
-        const bool no_nan = std::none_of(kept_.begin(), kept_.end(), [](const auto& e) { return e.value != e.value; });
-        return no_nan && std::is_sorted(kept_.begin(), kept_.end());
     }
 
     void add(const T* scores, int64_t S, int64_t start) {
@@ -72,6 +69,7 @@ class Running {
     }
 
     void merge() {
+        if (found_.empty()) return;
         std::sort(found_.begin(), found_.end());
         std::vector<Entry<T>> both(kept_.size() + found_.size());
         std::merge(kept_.begin(), kept_.end(), found_.begin(), found_.end(), both.begin());
@@ -86,12 +84,21 @@ class Running {
 };
 
 template <class T>
+bool is_sorted(const T* values, const int64_t* indices, int64_t K) {
+    for (int64_t k = 0; k < K; ++k) {
+        if (values[k] != values[k]) return false;
+        if (k > 0 && Entry<T>{values[k], indices[k]} < Entry<T>{values[k - 1], indices[k - 1]}) return false;
+    }
+    return true;
+}
+
+template <class T>
 void merge_all(const TopKMerge& op) {
     for (int64_t q = 0; q < op.Q; ++q) {
-        require(Running<T>(op, q).is_sorted(), "values", "each row sorted, best first, without NaN",
-                "row " + std::to_string(q) + " out of order");
+        if (!is_sorted(static_cast<const T*>(op.values) + q * op.K, op.indices + q * op.K, op.K))
+            reject("values", "each row sorted, best first, without NaN", "row " + std::to_string(q) + " out of order");
     }
-    parallel_for(op.Q, op.threads, [&](int64_t q) {
+    parallel_for(op.Q, std::min(op.threads, 1 + op.Q * op.S / WORTH_WAKING), [&](int64_t q) {
         Running<T> running(op, q);
         running.add(static_cast<const T*>(op.scores) + q * op.scores_stride_q, op.S, op.start);
         running.store();

@@ -122,13 +122,12 @@ def _check_ascends(cu_seqlens: Tensor, T: int) -> None:
         raise ValueError(f"cu_seqlens: wanted no number below the one before, got {cu_seqlens[at : at + 2].tolist()}")
 
 
-def _run_reference(q, k, v, causal, scale, mask, softcap, cu_seqlens):
+def _run_reference(q, k, v, causal, scale, mask, softcap, cu_seqlens, _):
     options = {"causal": causal, "scale": scale, "mask": mask, "softcap": softcap, "cu_seqlens": cu_seqlens}
     return reference.attention_delta(q, k, v, **options)
 
 
-def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens):
-    out = _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
+def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens, out):
     (_, B, H, T, E), (Hk, Tk, Ev) = q.shape, (*k.shape[2:4], v.shape[4])
     q, k, v, mask = rows(q), rows(k), rows(v), _numbers(mask)
     shared = None if mask is None else mask.expand(B, H, T, Tk)
@@ -141,7 +140,7 @@ def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens):
             shared.stride() if mask is not None else [0] * 4,
         ),
         *(address(edges), 0 if edges is None else len(edges) - 1),
-        *(out.data_ptr(), len(out) - 1, B, H, Hk, T, Tk, E, Ev),
+        *(out.data_ptr(), out.shape[0] - 1, B, H, Hk, T, Tk, E, Ev),
         *(1 / math.sqrt(max(E, 1)) if scale is None else scale, softcap or 0.0, causal, torch.get_num_threads()),
     )
     return out
@@ -149,7 +148,7 @@ def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens):
 
 def _told(x: Tensor) -> tuple[int, tuple[int, ...], bool]:
     """Address of a stack of heads, distances of all but the last dimension, whether it moves."""
-    return x.data_ptr(), x.stride()[:4], len(x) > 1
+    return x.data_ptr(), x.stride()[:4], x.shape[0] > 1
 
 
 def _numbers(mask: Tensor | None) -> Tensor | None:
@@ -157,10 +156,9 @@ def _numbers(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.to(torch.float32)
 
 
-def _run_triton(q, k, v, causal, scale, mask, softcap, cu_seqlens):
+def _run_triton(q, k, v, causal, scale, mask, softcap, cu_seqlens, out):
     from finf_fast.kernels import attention_delta as kernel
 
-    out = _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
     B, H, T, E = q.shape[1:]
     if not out.numel() or not k.shape[3]:
         return out.zero_()
@@ -171,6 +169,7 @@ def _run_triton(q, k, v, causal, scale, mask, softcap, cu_seqlens):
     return out
 
 
+# Each is given the result, allocated, and gives it back written.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -181,8 +180,8 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _attention_delta(q, k, v, causal, scale, mask, softcap, cu_seqlens):
-    _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
+    out = _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
     if cu_seqlens is not None and q.device.type == "cpu":
         _check_ascends(cu_seqlens, q.shape[3])
     face = dispatch.choose("attention_delta", q, width=max(q.shape[4], v.shape[4]))
-    return _FACES[face](q, k, v, causal, scale, mask, softcap, cu_seqlens)
+    return _FACES[face](q, k, v, causal, scale, mask, softcap, cu_seqlens, out)

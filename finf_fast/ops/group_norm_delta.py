@@ -67,26 +67,24 @@ def _allocate(stack, groups, weight, bias, dweight, dbias, eps):
     return stack.new_empty(1 + Q, *stack.shape[1:])
 
 
-def _run_reference(stack, groups, weight, bias, dweight, dbias, eps):
+def _run_reference(stack, groups, weight, bias, dweight, dbias, eps, _):
     return reference.group_norm_delta(stack, groups, weight, bias, dweight=dweight, dbias=dbias, eps=eps)
 
 
-def _run_cpp(stack, groups, weight, bias, dweight, dbias, eps):
-    y = _allocate(stack, groups, weight, bias, dweight, dbias, eps)
+def _run_cpp(stack, groups, weight, bias, dweight, dbias, eps, y):
     C, S = stack.shape[2], stack.shape[3:].numel()
     x = stack_of_rows(stack, C // groups * S)
     params = [parameter(p) for p in (weight, bias, dweight, dbias)]
     dispatch.compiled().group_norm_delta(
         *(CODES[stack.dtype], *told(x), *map(address, params), y.data_ptr()),
-        *(x.shape[1], x.shape[2], len(y) - 1, groups, max(S, 1), eps, torch.get_num_threads()),
+        *(x.shape[1], x.shape[2], y.shape[0] - 1, groups, max(S, 1), eps, torch.get_num_threads()),
     )
     return y
 
 
-def _run_triton(stack, groups, weight, bias, dweight, dbias, eps):
+def _run_triton(stack, groups, weight, bias, dweight, dbias, eps, y):
     from finf_fast.kernels import group_norm_delta as kernel
 
-    y = _allocate(stack, groups, weight, bias, dweight, dbias, eps)
     if y.numel():
         C, S = stack.shape[2], stack.shape[3:].numel()
         x = stack_of_rows(stack, C // groups * S)
@@ -95,6 +93,7 @@ def _run_triton(stack, groups, weight, bias, dweight, dbias, eps):
     return y
 
 
+# Each is given the result, allocated, and gives it back written.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -104,6 +103,6 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _group_norm_delta(stack, groups, weight, bias, dweight, dbias, eps):
-    _allocate(stack, groups, weight, bias, dweight, dbias, eps)
+    y = _allocate(stack, groups, weight, bias, dweight, dbias, eps)
     face = dispatch.choose("group_norm_delta", stack)
-    return _FACES[face](stack, groups, weight, bias, dweight, dbias, eps)
+    return _FACES[face](stack, groups, weight, bias, dweight, dbias, eps, y)

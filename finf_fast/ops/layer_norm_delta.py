@@ -65,18 +65,13 @@ def layer_norm_delta(
 
 def check_norm(stack: Tensor, C: int, letter: str, weight, bias, dweight, dbias, eps: float) -> None:
     """Dtypes, shapes and device of a norm's parameters, C of them, and of their changes."""
-    params = {"weight": weight, "bias": bias}
-    changes = {"dweight": dweight, "dbias": dbias}
-    for name, x in (params | changes).items():
+    one, each = (letter, (C,)), (f"Q,{letter}", (None, C))
+    given = (("weight", weight, one), ("bias", bias, one), ("dweight", dweight, each), ("dbias", dbias, each))
+    for name, x, (letters, sizes) in given:
         if x is not None:
             check_dtype(name, x, *FLOATS)
             check_same_device(stack=stack, **{name: x})
-    for name, x in params.items():
-        if x is not None:
-            check_shape(name, x, letter, C)
-    for name, x in changes.items():
-        if x is not None:
-            check_shape(name, x, f"Q,{letter}", None, C)
+            check_shape(name, x, letters, *sizes)
     if not eps >= 0:
         raise ValueError(f"eps: wanted a number from 0, got {eps}")
 
@@ -100,27 +95,25 @@ def check_row_norm(stack: Tensor, weight, bias, dweight, dbias, residual, eps: f
     return out
 
 
-def _run_reference(stack, weight, bias, dweight, dbias, residual, eps):
+def _run_reference(stack, weight, bias, dweight, dbias, residual, eps, _):
     out = reference.layer_norm_delta(stack, weight, bias, dweight=dweight, dbias=dbias, residual=residual, eps=eps)
     return [out] if residual is None else list(out)
 
 
-def _run_cpp(stack, weight, bias, dweight, dbias, residual, eps):
-    out = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
+def _run_cpp(stack, weight, bias, dweight, dbias, residual, eps, out):
     x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
     params = [parameter(p) for p in (weight, bias, dweight, dbias)]
     dispatch.compiled().layer_norm_delta(
         *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
         *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
-        *(x.shape[1], x.shape[2], len(out[0]) - 1, eps, torch.get_num_threads()),
+        *(x.shape[1], x.shape[2], out[0].shape[0] - 1, eps, torch.get_num_threads()),
     )
     return out
 
 
-def _run_triton(stack, weight, bias, dweight, dbias, residual, eps):
+def _run_triton(stack, weight, bias, dweight, dbias, residual, eps, out):
     from finf_fast.kernels import layer_norm_delta as kernel
 
-    out = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
     if stack.numel():
         x, other, y, total = rows_of_norm(stack, residual, out)
         params = [parameter(p) for p in (weight, bias, dweight, dbias)]
@@ -136,6 +129,7 @@ def rows_of_norm(stack: Tensor, residual: Tensor | None, out: list[Tensor]) -> t
     return x, other, y, total
 
 
+# Each is given the results, allocated, and gives them back written.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -146,6 +140,6 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     check_row_norm,
 )
 def _layer_norm_delta(stack, weight, bias, dweight, dbias, residual, eps):
-    check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
+    out = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
     face = dispatch.choose("layer_norm_delta", stack)
-    return _FACES[face](stack, weight, bias, dweight, dbias, residual, eps)
+    return _FACES[face](stack, weight, bias, dweight, dbias, residual, eps, out)

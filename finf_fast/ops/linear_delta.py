@@ -69,7 +69,7 @@ def factors_of(dW: Tensor | None, dW_factors: tuple[Tensor, Tensor] | None) -> t
 
 def queries(**changes: Tensor | None) -> int:
     """Q, the leading size that all given changes share, 0 without any; ValueError names one that differs."""
-    given = {name: len(x) for name, x in changes.items() if x is not None and x.dim()}
+    given = {name: x.shape[0] for name, x in changes.items() if x is not None and x.dim()}
     for name, Q in given.items():
         first, wanted = next(iter(given.items()))
         if wanted != Q:
@@ -106,38 +106,44 @@ def _check(stack: Tensor, W: Tensor, bias, dW, U, V, db) -> int:
     check_shape("stack", stack, "1+Q,N,D", None, None, None)
     check_shape("W", W, "D',D", None, stack.shape[2])
     check_same_device(stack=stack, W=W)
-    if len(stack) == 0:
+    if stack.shape[0] == 0:
         raise ValueError(f"stack: wanted the value and its changes (1+Q,N,D), got shape {tuple(stack.shape)}")
-    moved = stack[1:] if len(stack) > 1 else None
+    moved = stack[1:] if stack.shape[0] > 1 else None
     Q = queries(stack=moved, dW=dW, db=db, **{"dW_factors U": U, "dW_factors V": V})
     check_changes(Q, W, bias, dW, U, V, db, "D'")
     return Q
 
 
-def _run_reference(stack, W, bias, dW, U, V, db):
+def _run_reference(stack, W, bias, dW, U, V, db, _):
     factors = None if U is None else (U, V)
     return reference.linear_delta(stack, W, bias, dW=dW, dW_factors=factors, db=db)
 
 
-def _run_cpp(stack, W, bias, dW, U, V, db):
-    y = _allocate(stack, W, bias, dW, U, V, db)
-    (_, N, D), Q, r = stack.shape, len(y) - 1, 0 if U is None else U.shape[2]
+def _run_cpp(stack, W, bias, dW, U, V, db, y):
+    (_, N, D), Q, r = stack.shape, y.shape[0] - 1, 0 if U is None else U.shape[2]
     stack, turned = rows(stack), W.stride(0) == 1 and W.stride(1) != 1
     W = W.mT if turned else rows(W)
     dW, U, R = (None if x is None else x.to(stack.dtype).contiguous() for x in (dW, U, None if V is None else V.mT))
     bias, db = parameter(bias), parameter(db)
     dispatch.compiled().linear_delta(
-        *(CODES[stack.dtype], stack.data_ptr(), *stack.stride()[:2], len(stack) > 1, W.data_ptr(), W.stride(0), turned),
+        *(
+            CODES[stack.dtype],
+            stack.data_ptr(),
+            *stack.stride()[:2],
+            stack.shape[0] > 1,
+            W.data_ptr(),
+            W.stride(0),
+            turned,
+        ),
         *map(address, (bias, db, dW, U, R, y)),
         *(N, D, y.shape[2], Q, r, torch.get_num_threads()),
     )
     return y
 
 
-def _run_triton(stack, W, bias, dW, U, V, db):
+def _run_triton(stack, W, bias, dW, U, V, db, y):
     from finf_fast.kernels import linear_delta as kernel
 
-    y = _allocate(stack, W, bias, dW, U, V, db)
     if y.numel():
         dW, db, U = (None if x is None or not x.numel() else x for x in (dW, db, U))
         factors = None if U is None else (U, V)
@@ -145,6 +151,7 @@ def _run_triton(stack, W, bias, dW, U, V, db):
     return y
 
 
+# Each is given the result, allocated, and gives it back written.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -154,5 +161,5 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _linear_delta(stack, W, bias, dW, U, V, db):
-    _check(stack, W, bias, dW, U, V, db)
-    return _FACES[dispatch.choose("linear_delta", stack)](stack, W, bias, dW, U, V, db)
+    y = _allocate(stack, W, bias, dW, U, V, db)
+    return _FACES[dispatch.choose("linear_delta", stack)](stack, W, bias, dW, U, V, db, y)

@@ -54,33 +54,32 @@ def _allocate(stack, weight, dweight, residual, eps):
     return check_row_norm(stack, weight, None, dweight, None, residual, eps)
 
 
-def _run_reference(stack, weight, dweight, residual, eps):
+def _run_reference(stack, weight, dweight, residual, eps, _):
     out = reference.rms_norm_delta(stack, weight, dweight=dweight, residual=residual, eps=eps)
     return [out] if residual is None else list(out)
 
 
-def _run_cpp(stack, weight, dweight, residual, eps):
-    out = _allocate(stack, weight, dweight, residual, eps)
+def _run_cpp(stack, weight, dweight, residual, eps, out):
     x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
     params = [parameter(p) for p in (weight, dweight)]
     dispatch.compiled().rms_norm_delta(
         *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
         *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
-        *(x.shape[1], x.shape[2], len(out[0]) - 1, eps, torch.get_num_threads()),
+        *(x.shape[1], x.shape[2], out[0].shape[0] - 1, eps, torch.get_num_threads()),
     )
     return out
 
 
-def _run_triton(stack, weight, dweight, residual, eps):
+def _run_triton(stack, weight, dweight, residual, eps, out):
     from finf_fast.kernels import rms_norm_delta as kernel
 
-    out = _allocate(stack, weight, dweight, residual, eps)
     if stack.numel():
         x, other, y, total = rows_of_norm(stack, residual, out)
         kernel.rms_norm_delta(x, other, parameter(weight), parameter(dweight), y, total, eps)
     return out
 
 
+# Each is given the results, allocated, and gives them back written.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -90,5 +89,5 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _rms_norm_delta(stack, weight, dweight, residual, eps):
-    _allocate(stack, weight, dweight, residual, eps)
-    return _FACES[dispatch.choose("rms_norm_delta", stack)](stack, weight, dweight, residual, eps)
+    out = _allocate(stack, weight, dweight, residual, eps)
+    return _FACES[dispatch.choose("rms_norm_delta", stack)](stack, weight, dweight, residual, eps, out)

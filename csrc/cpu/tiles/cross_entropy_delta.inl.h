@@ -8,15 +8,9 @@
 #include "elements.inl.h"
 #include "exponentials.inl.h"
 
-// Columns of a block, and how far ahead memory is asked for the next one's. With one change 4 KiB, which stay in a
-// first-level cache with what they become; with several a stack is read on for longer before the next one's turn.
-// Measured (Zen 5, V = 32,000, of reading): float32, blocks of 1,024, 2,048 and 4,096: 94, 90 and 85 % with one change,
-// 72, 76 and 80 % with four; bfloat16 75, 77 and 76, and 75, 80 and 82 %.
-constexpr int64_t MOST_COLUMNS = 4096;
-template <class T>
-FINF_INLINE int64_t columns_of_block(int64_t Q) {
-    return Q > 1 ? MOST_COLUMNS : 4096 / static_cast<int64_t>(sizeof(T));
-}
+// Columns of a block: its z, d and buffer are 24 KiB of a first-level cache of 32 or 48. The next block is fetched
+// meanwhile. One length whatever the number of queries, since a query's last bits depend on it.
+constexpr int64_t BLOCK = 2048;
 // Partial sums side by side: they hide the latency of an addition and shorten each sum's chain.
 constexpr int LANES = 4;
 constexpr int64_t STRIDE = LANES * Vec::W;
@@ -37,15 +31,15 @@ FINF_INLINE float block_top(const T* z, int64_t n) {
 
 // e[v] = e^(z[v] - m), and zeros up to a whole number of vectors.
 template <class T>
-FINF_INLINE void block_exponentials(const T* z, int64_t n, float m, int64_t ahead, float* e) {
+FINF_INLINE void block_exponentials(const T* z, int64_t n, float m, float* e) {
     int64_t v = 0;
     for (; v + STRIDE <= n; v += STRIDE)
         for (int k = 0; k < LANES; ++k) {
-            fetch(z + v + k * Vec::W, ahead);
+            fetch(z + v + k * Vec::W, BLOCK);
             store(e + v + k * Vec::W, exp_of(load(z + v + k * Vec::W) - Vec(m)));
         }
     for (; v < n; v += Vec::W) {
-        fetch(z + v, ahead);
+        fetch(z + v, BLOCK);
         store(e + v, exp_of(load_up_to(z + v, n - v, lowest(T())) - Vec(m)));
     }
     for (; n < v; ++n) e[n] = 0.0f;
@@ -74,7 +68,7 @@ FINF_INLINE void add_change(Vec d, Vec e, Vec d_t, Vec& u, Vec& largest) {
 }
 
 template <bool SHORT, class T>
-FINF_INLINE BlockChange block_change(const T* d, const float* e, int64_t n, int64_t ahead, T at_target) {
+FINF_INLINE BlockChange block_change(const T* d, const float* e, int64_t n, T at_target) {
     const Vec d_t(to_float(at_target));
     Vec u[LANES], largest[LANES];
     for (int k = 0; k < LANES; ++k) {
@@ -84,11 +78,11 @@ FINF_INLINE BlockChange block_change(const T* d, const float* e, int64_t n, int6
     int64_t v = 0;
     for (; v + STRIDE <= n; v += STRIDE)
         for (int k = 0; k < LANES; ++k) {
-            fetch(d + v + k * Vec::W, ahead);
+            fetch(d + v + k * Vec::W, BLOCK);
             add_change<SHORT>(load(d + v + k * Vec::W), load(e + v + k * Vec::W), d_t, u[k], largest[k]);
         }
     for (; v < n; v += Vec::W) {
-        fetch(d + v, ahead);
+        fetch(d + v, BLOCK);
         add_change<SHORT>(load_up_to(d + v, n - v, at_target), load(e + v), d_t, u[0], largest[0]);
     }
     return {sum((u[0] + u[1]) + (u[2] + u[3])), top(max(max(largest[0], largest[1]), max(largest[2], largest[3])))};
@@ -97,7 +91,7 @@ FINF_INLINE BlockChange block_change(const T* d, const float* e, int64_t n, int6
 // Adds a block of x to a running sum of e^(x - top), leaving e^(x - top) in `e` with column `left_out` zeroed.
 // Returns what sums taken before have to be multiplied by: 1 unless the block brought a larger top.
 template <class T>
-FINF_INLINE double absorb(ScaledSum& total, const T* x, int64_t n, int64_t ahead, int64_t left_out, float* e) {
+FINF_INLINE double absorb(ScaledSum& total, const T* x, int64_t n, int64_t left_out, float* e) {
     const float highest = block_top(x, n);
     double rescale = 1.0;
     if (highest > total.top) {
@@ -105,7 +99,7 @@ FINF_INLINE double absorb(ScaledSum& total, const T* x, int64_t n, int64_t ahead
         rescale = total.sum == 0 ? 0.0 : exp(static_cast<double>(total.top) - highest);
         total.top = highest;
     }
-    block_exponentials(x, n, total.top, ahead, e);
+    block_exponentials(x, n, total.top, e);
     if (left_out >= 0 && left_out < n) e[left_out] = 0.0f;
     total.sum = total.sum * rescale + block_sum(e, n);
     return rescale;
@@ -113,28 +107,27 @@ FINF_INLINE double absorb(ScaledSum& total, const T* x, int64_t n, int64_t ahead
 
 // Most changes are small and need the short polynomial only; a row that has shown a larger one keeps to the long one.
 template <class T>
-FINF_INLINE double change_of_block(Change& change, const T* d, int64_t n, int64_t ahead, T at_target, const float* e) {
+FINF_INLINE double change_of_block(Change& change, const T* d, int64_t n, T at_target, const float* e) {
     if (!change.outgrew_short) {
-        const BlockChange quick = block_change<true>(d, e, n, ahead, at_target);
+        const BlockChange quick = block_change<true>(d, e, n, at_target);
         if (quick.largest <= SHORT_REACH) return quick.u;
         change.outgrew_short = true;
     }
-    const BlockChange block = block_change<false>(d, e, n, ahead, at_target);
+    const BlockChange block = block_change<false>(d, e, n, at_target);
     if (block.largest > change.largest_step) change.largest_step = block.largest;
     return block.u;
 }
 
 template <class Z, class D>
 ScaledSum row_sums(const Row& row, Change* changes, int64_t Q) {
-    alignas(64) float e[MOST_COLUMNS];
-    const int64_t block = columns_of_block<Z>(Q);
+    alignas(64) float e[BLOCK];
     ScaledSum rest = {-FLT_MAX, 0.0};
-    for (int64_t v = 0; v < row.V; v += block) {
-        const int64_t n = row.V - v < block ? row.V - v : block;
-        const double rescale = absorb(rest, static_cast<const Z*>(row.z) + v, n, block, row.target - v, e);
+    for (int64_t v = 0; v < row.V; v += BLOCK) {
+        const int64_t n = row.V - v < BLOCK ? row.V - v : BLOCK;
+        const double rescale = absorb(rest, static_cast<const Z*>(row.z) + v, n, row.target - v, e);
         for (int64_t q = 0; q < Q; ++q) {
             const D* d = static_cast<const D*>(changes[q].d);
-            changes[q].u = changes[q].u * rescale + change_of_block(changes[q], d + v, n, block, d[row.target], e);
+            changes[q].u = changes[q].u * rescale + change_of_block(changes[q], d + v, n, d[row.target], e);
         }
     }
     return rest;
@@ -154,13 +147,12 @@ ScaledSum row_after(const Row& row, const Change& change) {
     const Z* z = static_cast<const Z*>(row.z);
     const D* d = static_cast<const D*>(change.d);
     const Vec z_t(to_float(z[row.target])), d_t(to_float(d[row.target]));
-    constexpr int64_t COLUMNS = 2048;
-    alignas(64) float gap[COLUMNS], e[COLUMNS];
+    alignas(64) float gap[BLOCK], e[BLOCK];
     ScaledSum total = {-FLT_MAX, 0.0};
-    for (int64_t v = 0; v < row.V; v += COLUMNS) {
-        const int64_t n = row.V - v < COLUMNS ? row.V - v : COLUMNS;
+    for (int64_t v = 0; v < row.V; v += BLOCK) {
+        const int64_t n = row.V - v < BLOCK ? row.V - v : BLOCK;
         block_gaps(z + v, d + v, n, z_t, d_t, gap);
-        absorb(total, gap, n, 0, row.target - v, e);
+        absorb(total, gap, n, row.target - v, e);
     }
     return total;
 }
