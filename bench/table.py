@@ -17,7 +17,7 @@ import measure
 __all__ = ["RESULTS", "Row", "append", "measured", "parser", "show"]
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("case", "ms", "GB/s", "× torch", "% of read bandwidth", "peak MiB")
+COLUMNS = ("case", "ms", "GB/s", "× torch", "% of bandwidth", "peak MiB")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Row:
         ms: median milliseconds of a call.
         gb_per_s: bytes of the inputs that have to be read, each once, over that time.
         torch_ratio: how many times longer plain torch takes, median over rounds.
-        read_percent: time of merely reading the inputs over the time of the call, in percent, median over rounds.
+        read_percent: time of merely reading what is read (and writing as much as is written) over the time of the
+            call, in percent, median over rounds.
         peak_mib, torch_peak_mib: memory held at the highest beyond the inputs.
     """
 
@@ -47,7 +48,11 @@ class Row:
 
 
 def measured(case: str, ways: dict[str, Callable[[], object]], read_bytes: int, rounds: int) -> Row:
-    """One row from the ways "ours", "torch" and "read", the last merely reading the same `read_bytes`."""
+    """One row from the ways "ours", "torch" and "read", the last merely reading the same `read_bytes`.
+
+    Reading takes turns with ours alone: beside plain torch's temporaries, which are several times as large, what either
+    finds in caches, and which freed memory it is given, is a matter of chance.
+    """
     peaks = {name: measure.peak_mib(ways[name]) for name in ("ours", "torch")}
     seconds = measure.interleaved({name: ways[name] for name in ("ours", "torch")}, rounds)
     alone = measure.interleaved({name: ways[name] for name in ("ours", "read")}, rounds)

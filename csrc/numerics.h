@@ -26,10 +26,11 @@ FINF_HOST_DEVICE inline T softplus(T g) {
     return g > T(15) ? g + log1p(exp(-g)) : log1p(exp(g));
 }
 
-// -log softmax(z)_t. Where the target leads, the loss is small and log1p keeps its digits.
+// -log softmax(z)_t from the sum of e^(z_v - m) over v other than t. Where the target leads, the loss is small and
+// log1p keeps its digits; m is then z_t, or a logit below it.
 template <class T>
 FINF_HOST_DEVICE inline T loss_of_sums(T rest, T m, T z_t) {
-    return z_t == m ? log1p(rest) : log(rest + exp(z_t - m)) - (z_t - m);
+    return z_t >= m ? log1p(rest * exp(m - z_t)) : log(rest + exp(z_t - m)) - (z_t - m);
 }
 
 // Whether the change is one that `small_change` holds; a NaN is not, and goes through `large_change` unharmed.

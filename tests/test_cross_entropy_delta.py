@@ -111,6 +111,29 @@ def test_target_in_any_column(dtype, place):
     check(cross_entropy_delta, replace(case, target=torch.full((8,), place % 50)))
 
 
+# A processor's blocks hold 2048 columns; what a later one has more than the first is summed as it is up to e^20.
+@pytest.mark.parametrize("rise", [-30, 3, 9.9, 10.1, 25, 90])
+@pytest.mark.parametrize("step", [30, 1e-3, 1e-7])
+@pytest.mark.parametrize("lead", [0, 18, 30])
+def test_later_columns_are_larger(dtype, rise, step, lead):
+    case = make_case(V=7000, step=step, dtype=torch.float64)
+    z = case.z + rise * (torch.arange(7000) // 2048)
+    z[torch.arange(8), case.target] = z.amax(1) + lead
+    check(cross_entropy_delta, replace(case, z=z.to(dtype), dz=case.dz.to(dtype)))
+
+
+@pytest.mark.parametrize("masked", [2047, 2048, 4096, 5000, 6999])
+@pytest.mark.parametrize("lowest", [True, False])
+def test_first_columns_are_masked(dtype, masked, lowest):
+    """By -inf, or as many do by the lowest number there is: what follows stands for itself."""
+    case = make_case(N=6, V=7000, step=1e-3, dtype=dtype)
+    z = case.z.clone()
+    z[:, :masked] = torch.finfo(dtype).min if lowest else -torch.inf
+    target = torch.randint(masked, 7000, (6,), generator=torch.Generator().manual_seed(1))
+    got = cross_entropy_delta(z, case.dz, target)
+    check(lambda *_, **__: got, Case(case.z[:, masked:], case.dz[:, :, masked:], target - masked))
+
+
 def test_no_rows(dtype):
     base, delta = make_case(0, 7, 3, dtype=dtype).run(cross_entropy_delta)
     assert base.shape == (0,) and delta.shape == (3, 0)

@@ -1,7 +1,8 @@
 // The loops of cross_entropy_delta, written once over Vec and included inside each instruction set's namespace.
 //
-// A row is taken in blocks that stay in the first-level cache: the largest logit of the block, then e^(z - m) into a
-// buffer, then the buffer's sum, then for every query the sum of buffer times expm1(d - d_t). The target's own column
+// A row is taken in blocks that stay in the first-level cache: e^(z - m) into a buffer, then the buffer's sum, then for
+// every query the sum of buffer times expm1(d - d_t). m is the first block's largest logit, and that of a later block
+// which goes beyond it by more than float32 has room for. The target's own column
 // is zeroed in the buffer and so counts nowhere. Sums are float32 inside a block and double from block to block, so
 // their error does not grow with V.
 
@@ -29,20 +30,23 @@ FINF_INLINE float block_top(const T* z, int64_t n) {
     return top(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// e[v] = e^(z[v] - m), and zeros up to a whole number of vectors.
+// e[v] = e^(z[v] - m), and zeros up to a whole number of vectors; returns the largest z.
 template <class T>
-FINF_INLINE void block_exponentials(const T* z, int64_t n, float m, float* e) {
+FINF_INLINE float block_exponentials(const T* z, int64_t n, float m, float* e) {
+    Vec best[LANES];
+    for (Vec& b : best) b = Vec(-FLT_MAX);
+    const auto put_one = [&](Vec& highest, int64_t v, int64_t count) FINF_LAMBDA {
+        fetch(z + v, BLOCK);
+        const Vec x = load_up_to(z + v, count, lowest(T()));
+        highest = max(highest, x);
+        store(e + v, exp_of(x - Vec(m)));
+    };
     int64_t v = 0;
     for (; v + STRIDE <= n; v += STRIDE)
-        for (int k = 0; k < LANES; ++k) {
-            fetch(z + v + k * Vec::W, BLOCK);
-            store(e + v + k * Vec::W, exp_of(load(z + v + k * Vec::W) - Vec(m)));
-        }
-    for (; v < n; v += Vec::W) {
-        fetch(z + v, BLOCK);
-        store(e + v, exp_of(load_up_to(z + v, n - v, lowest(T())) - Vec(m)));
-    }
+        for (int k = 0; k < LANES; ++k) put_one(best[k], v + k * Vec::W, int64_t{Vec::W});
+    for (; v < n; v += Vec::W) put_one(best[0], v, n - v);
     for (; n < v; ++n) e[n] = 0.0f;
+    return top(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
 FINF_INLINE float block_sum(const float* e, int64_t n) {
@@ -88,18 +92,26 @@ FINF_INLINE BlockChange block_change(const T* d, const float* e, int64_t n, T at
     return {sum((u[0] + u[1]) + (u[2] + u[3])), top(max(max(largest[0], largest[1]), max(largest[2], largest[3])))};
 }
 
+// How far a block may go beyond m: times the largest expm1 that counts, e^40, and the columns of a row, e^20 is far
+// from float32's end.
+constexpr float ROOM = 20.0f;
+
 // Adds a block of x to a running sum of e^(x - top), leaving e^(x - top) in `e` with column `left_out` zeroed.
-// Returns what sums taken before have to be multiplied by: 1 unless the block brought a larger top.
+// Returns what sums taken before have to be multiplied by: 1 unless the block brought another top.
 template <class T>
 FINF_INLINE double absorb(ScaledSum& total, const T* x, int64_t n, int64_t left_out, float* e) {
-    const float highest = block_top(x, n);
     double rescale = 1.0;
-    if (highest > total.top) {
-        // Nothing summed yet, as in every row's first block, needs no exponential.
-        rescale = total.sum == 0 ? 0.0 : exp(static_cast<double>(total.top) - highest);
-        total.top = highest;
+    const bool nothing_yet = total.top == -FLT_MAX;  // or nothing but the lowest number there is
+    if (nothing_yet) {
+        total.top = block_top(x, n);
+        if (total.top > -FLT_MAX) rescale = 0.0;
     }
-    block_exponentials(x, n, total.top, e);
+    const float highest = block_exponentials(x, n, total.top, e);
+    if (!nothing_yet && highest > total.top + ROOM) {
+        rescale = exp(static_cast<double>(total.top) - highest);
+        total.top = highest;
+        block_exponentials(x, n, highest, e);
+    }
     if (left_out >= 0 && left_out < n) e[left_out] = 0.0f;
     total.sum = total.sum * rescale + block_sum(e, n);
     return rescale;
