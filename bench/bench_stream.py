@@ -211,6 +211,13 @@ def small_net(hidden: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, hidden), nn.GELU(), nn.Linear(hidden, 10)).eval()
 
 
+def small_conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    pairs = [(3, 32), (32, 64), (64, 128)]
+    layers = [layer for i, o in pairs for layer in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 10)).eval()
+
+
 def small_text_model() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -219,17 +226,24 @@ def small_text_model() -> nn.Module:
 
 
 def sweeps(images, tokens, rounds: int) -> list[Row]:
-    """Of the first net, pixels made on the cores that compute are a 25th of the work; of the second, a 100th."""
+    """Two nets of one product, of whose time pixels made on the cores that compute are a tenth and a twentieth, and a
+    model each of images and of windows."""
     pixels = images.read(0, len(images))
     rows = [
         sweeping(f"3072-{hidden}-10 net, fp32 images", small_net(hidden), images, pixels, rounds, batch_size=1024)
         for hidden in (128, 512)
     ]
+    conv, some = small_conv_net(), {"shard": (0, -(-len(images) // 8000))}
+    rows.append(sweeping(f"{_millions(conv)} conv net, fp32 images", conv, images, pixels, rounds, **some))
     ids = tokens.read(0, len(tokens))
     settings = {"loss": "causal_lm", "batch_size": 8, "shard": (0, -(-len(tokens) // 96))}
     model = small_text_model()
-    name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M transformer, windows of {WINDOW}"
+    name = f"{_millions(model)} transformer, windows of {WINDOW}"
     return [*rows, sweeping(name, model, tokens, ids, rounds, **settings)]
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
 
 
 def evict(path: Path) -> bool:
