@@ -63,13 +63,17 @@ class BuildExtension(build_ext):
         super().build_extension(extension)
 
 
+# Many a Python was built with -fwrapv and hands it on, under which GCC does not see that x[i + k] are neighbours in
+# memory: segment_sum took 9.8 ms instead of 6.6.
+OPTIONS = ["-O3", "-fno-wrapv", "-Wall", "-Wextra"]
+
 extensions = [
     Pybind11Extension(
         "finf_fast._C",
         sources=sorted(["csrc/bindings.cpp", *glob("csrc/cpu/**/*.cpp", recursive=True), *glob("csrc/io/*.cpp")]),
         depends=HEADERS,
         cxx_std=17,
-        extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        extra_compile_args=OPTIONS,
     )
 ]
 
@@ -82,7 +86,7 @@ if found:
             sources=["csrc/cuda/bindings.cpp"],
             depends=[*HEADERS, *KERNELS],
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_compile_args=OPTIONS,
             library_dirs=nvcc.libraries(),
             libraries=["cudart_static", "rt", "dl", "pthread"],  # static: a toolkit of another version does no harm
         )
