@@ -233,7 +233,7 @@ def sweeps(images, tokens, rounds: int) -> list[Row]:
         sweeping(f"3072-{hidden}-10 net, fp32 images", small_net(hidden), images, pixels, rounds, batch_size=1024)
         for hidden in (128, 512)
     ]
-    conv, some = small_conv_net(), {"shard": (0, -(-len(images) // 8000))}
+    conv, some = small_conv_net(), {"shard": (0, -(-len(images) // 2000))}
     rows.append(sweeping(f"{_millions(conv)} conv net, fp32 images", conv, images, pixels, rounds, **some))
     ids = tokens.read(0, len(tokens))
     settings = {"loss": "causal_lm", "batch_size": 8, "shard": (0, -(-len(tokens) // 96))}
