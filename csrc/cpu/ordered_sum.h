@@ -19,8 +19,8 @@ inline double to_double(Bf16 x) {
 
 // Eight running sums, value i into sum i mod 8, joined by a fixed tree, then what is left of eight one by one: the
 // compiler may use any vectors it likes without changing a bit, so one loop serves every processor. `at(i)` is value i;
-// of a product, a compiler that is told of FMA may leave out its rounding. A function of its own, for among the branches
-// of another one GCC 12 left the eight sums apart (segment_sum: 9.4 ms instead of 6.6).
+// of a product, a compiler that is told of FMA may leave out its rounding. A function of its own, for among the
+// branches of another one GCC 12 left the eight sums apart (segment_sum: 9.4 ms instead of 6.6).
 template <class At>
 __attribute__((noinline)) double ordered_sum_of(const At& at, int64_t count) {
     constexpr int LANES = 8;
