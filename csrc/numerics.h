@@ -1,6 +1,7 @@
 // The loss formulas of the design, written once: from a row's sums to its loss and to the change of its loss.
 //
-// One row has logits z, changes d and a target t. With m the largest logit, over v other than t,
+// One row has logits z, changes d and a target t. With m the largest logit, or one at most 20 below it, over v other
+// than t,
 //     rest = sum e^(z_v - m)        u = sum e^(z_v - m) expm1(d_v - d_t)        s = rest + e^(z_t - m).
 // No form here subtracts two nearly equal numbers, so a change of 1e-9 keeps its digits.
 #pragma once

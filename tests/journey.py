@@ -45,9 +45,7 @@ class Luggage:
         self._device, self._storages = device, {}
 
     def moved(self, x: Any) -> Any:
-        """`x` there, laid out as here, or each of a list; what is no tensor as it is."""
-        if isinstance(x, list):
-            return [self.moved(each) for each in x]
+        """`x` there, laid out as here; what is no tensor as it is."""
         if not isinstance(x, Tensor):
             return x
         here = _bytes(x)
@@ -78,7 +76,7 @@ def abroad(run: Callable, device: str) -> Callable:
         found = on_its_device(run)(*(luggage.moved(x) for x in args))
         luggage.bring_back()
         home = Luggage("cpu")
-        return home.moved(list(found) if isinstance(found, tuple) else found)
+        return [home.moved(x) for x in found] if isinstance(found, (list, tuple)) else home.moved(found)
 
     return travelling
 

@@ -112,7 +112,12 @@ def test_each_number_by_itself(dtype, kind):
     """In the tails, through the minima, across 0, over every size of change: right to what its own terms round to."""
     if dtype not in (torch.float32, torch.float64):
         pytest.skip("the result's own rounding hides it")
-    steps = [s * 10.0**-k for k in range(10) for s in (1, -1, 3, -3, 6, -6)] + [20.0, -20.0, 60.0, -60.0]
+    steps = [s * 10.0**-k for k in range(10) for s in (1, -1, 1.5, 2, -2, 2.5, 3, -3, 4, -4, 5, 6, -6, 8, -8)] + [
+        20.0,
+        -20.0,
+        60.0,
+        -60.0,
+    ]
     h, d = torch.tensor(FAR, dtype=dtype), torch.tensor(steps, dtype=dtype)
     stack = torch.cat([h[None], d[:, None].expand(-1, len(FAR))])
     out = activation_delta(stack, kind)

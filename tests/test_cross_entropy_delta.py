@@ -122,6 +122,24 @@ def test_later_columns_are_larger(dtype, rise, step, lead):
     check(cross_entropy_delta, replace(case, z=z.to(dtype), dz=case.dz.to(dtype)))
 
 
+@pytest.mark.parametrize("place", [0, 2047, 2048, 4095, 4096, 6143, 6144, 6207, 6208, 6975, 6983, 6984, 6999])
+@pytest.mark.parametrize("height", [19.5, 60.0])
+def test_one_column_towers_above_the_others(dtype, place, height):
+    """In every part of a block, the ragged end too: as the target, whose loss is then tiny, and as another column."""
+    case = make_case(N=2, V=7000, step=1e-3, dtype=torch.float64)
+    z = case.z - 60
+    z[:, 5], z[:, place] = 0.0, height
+    case = replace(case, z=z.to(dtype), dz=case.dz.to(dtype), target=torch.tensor([place, 5]))
+    check(cross_entropy_delta, case)
+
+
+def test_a_larger_column_rises_by_as_much_as_counts(dtype):
+    """What later blocks may have more than the first, and what a change may gain, at once."""
+    case = make_case(N=4, V=7000, step=1e-3, dtype=torch.float64)
+    case.z[:, 3000], case.dz[:, :, 3000] = case.z[:, :2048].max() + 19.5, 39.0
+    check(cross_entropy_delta, replace(case, z=case.z.to(dtype), dz=case.dz.to(dtype)))
+
+
 @pytest.mark.parametrize("masked", [2047, 2048, 4096, 5000, 6999])
 @pytest.mark.parametrize("lowest", [True, False])
 def test_first_columns_are_masked(dtype, masked, lowest):

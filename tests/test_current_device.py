@@ -45,12 +45,11 @@ def test_a_face_is_launched_on_the_device_of_its_tensors(current, monkeypatch):
     """Through the operation as it is registered, up to a face that records where it would launch."""
     op, launched = importlib.import_module("finf_fast.ops.activation_delta"), []
 
-    def face(stack, kind, gate, y):
+    def face(stack, kind, gate, Q):
         launched.append(current[-1])
         return torch.zeros(1)
 
     monkeypatch.setattr(dispatch, "choose", lambda *inputs: "triton")
-    monkeypatch.setattr(op, "_allocate", lambda *inputs: None)  # there is no such device to allocate on
     monkeypatch.setitem(op._FACES, "triton", face)
     torch.ops.finf_fast.activation_delta(Elsewhere(2, 3), "gelu", None)
     assert launched == [torch.device("cuda:1")] and current == [torch.device("cuda:0")]

@@ -62,20 +62,22 @@ def _allocate(stack, kind, gate):
     return stack.new_empty(1 + _check(stack, kind, gate), *stack.shape[1:])
 
 
-def _run_cpp(stack, kind, gate, y):
+def _run_cpp(stack, kind, gate, Q):
+    y = stack.new_empty(1 + Q, *stack.shape[1:])
     M = stack.shape[1:].numel()
     x, g = (stack_of_rows(s, M) for s in (stack, gate))
     (at, x_q, _, x_moves), (gate_at, g_q, _, g_moves) = told(x), told(g)
     dispatch.compiled().activation_delta(
         *(kind, CODES[stack.dtype], at, x_q, x_moves, gate_at, g_q, g_moves),
-        *(y.data_ptr(), M, y.shape[0] - 1, torch.get_num_threads()),
+        *(y.data_ptr(), M, Q, torch.get_num_threads()),
     )
     return y
 
 
-def _run_triton(stack, kind, gate, y):
+def _run_triton(stack, kind, gate, Q):
     from finf_fast.kernels import activation_delta as kernel
 
+    y = stack.new_empty(1 + Q, *stack.shape[1:])
     M = stack.shape[1:].numel()
     if y.numel():
         # A stack with gaps inside a row is copied by `stack_of_rows`, as every face but the plain one needs it.
@@ -88,11 +90,11 @@ def _run_reference(stack, kind, gate, _):
     return reference.activation_delta(stack, kind, gate)
 
 
-# Each is given the result, allocated, and gives it back written.
+# Each is told how many queries the check found.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
 @register("activation_delta", "(Tensor stack, str kind, Tensor? gate) -> Tensor", _allocate)
 def _activation_delta(stack, kind, gate):
-    y = _allocate(stack, kind, gate)
-    return _FACES[dispatch.choose("activation_delta", stack)](stack, kind, gate, y)
+    Q = _check(stack, kind, gate)
+    return _FACES[dispatch.choose("activation_delta", stack)](stack, kind, gate, Q)

@@ -71,7 +71,7 @@ def attention_delta(
     return _attention_delta(q, k, v, causal, scale, mask, softcap, cu_seqlens)
 
 
-def _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens):
+def _check(q: Tensor, k: Tensor, v: Tensor, causal, scale, mask, softcap, cu_seqlens) -> int:
     check_dtype("q", q, *FLOATS)
     check_dtype("k", k, q.dtype)
     check_dtype("v", v, q.dtype)
@@ -89,7 +89,15 @@ def _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens):
         _check_mask(q, mask, (B, H, T, k.shape[3]))
     if cu_seqlens is not None:
         _check_cu_seqlens(q, cu_seqlens, T, k.shape[3])
-    return q.new_empty(1 + stacked_queries({"q": q, "k": k, "v": v}), B, H, T, v.shape[4])
+    return stacked_queries({"q": q, "k": k, "v": v})
+
+
+def _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens):
+    return _result(q, v, _check(q, k, v, causal, scale, mask, softcap, cu_seqlens))
+
+
+def _result(q: Tensor, v: Tensor, Q: int) -> Tensor:
+    return q.new_empty(1 + Q, *q.shape[1:4], v.shape[4])
 
 
 def _check_mask(q: Tensor, mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -127,7 +135,8 @@ def _run_reference(q, k, v, causal, scale, mask, softcap, cu_seqlens, _):
     return reference.attention_delta(q, k, v, **options)
 
 
-def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens, out):
+def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens, Q):
+    out = _result(q, v, Q)
     (_, B, H, T, E), (Hk, Tk, Ev) = q.shape, (*k.shape[2:4], v.shape[4])
     q, k, v, mask = rows(q), rows(k), rows(v), _numbers(mask)
     shared = None if mask is None else mask.expand(B, H, T, Tk)
@@ -140,7 +149,7 @@ def _run_cpp(q, k, v, causal, scale, mask, softcap, cu_seqlens, out):
             shared.stride() if mask is not None else [0] * 4,
         ),
         *(address(edges), 0 if edges is None else len(edges) - 1),
-        *(out.data_ptr(), out.shape[0] - 1, B, H, Hk, T, Tk, E, Ev),
+        *(out.data_ptr(), Q, B, H, Hk, T, Tk, E, Ev),
         *(1 / math.sqrt(max(E, 1)) if scale is None else scale, softcap or 0.0, causal, torch.get_num_threads()),
     )
     return out
@@ -156,9 +165,10 @@ def _numbers(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.to(torch.float32)
 
 
-def _run_triton(q, k, v, causal, scale, mask, softcap, cu_seqlens, out):
+def _run_triton(q, k, v, causal, scale, mask, softcap, cu_seqlens, Q):
     from finf_fast.kernels import attention_delta as kernel
 
+    out = _result(q, v, Q)
     B, H, T, E = q.shape[1:]
     if not out.numel() or not k.shape[3]:
         return out.zero_()
@@ -169,7 +179,7 @@ def _run_triton(q, k, v, causal, scale, mask, softcap, cu_seqlens, out):
     return out
 
 
-# Each is given the result, allocated, and gives it back written.
+# Each is told how many queries the check found.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -180,8 +190,8 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _attention_delta(q, k, v, causal, scale, mask, softcap, cu_seqlens):
-    out = _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens)
+    Q = _check(q, k, v, causal, scale, mask, softcap, cu_seqlens)
     if cu_seqlens is not None and q.device.type == "cpu":
         _check_ascends(cu_seqlens, q.shape[3])
     face = dispatch.choose("attention_delta", q, width=max(q.shape[4], v.shape[4]))
-    return _FACES[face](q, k, v, causal, scale, mask, softcap, cu_seqlens, out)
+    return _FACES[face](q, k, v, causal, scale, mask, softcap, cu_seqlens, Q)

@@ -54,7 +54,7 @@ def group_norm_delta(
     return _group_norm_delta(stack, groups, weight, bias, dweight, dbias, eps)
 
 
-def _allocate(stack, groups, weight, bias, dweight, dbias, eps):
+def _check(stack: Tensor, groups: int, weight, bias, dweight, dbias, eps: float) -> int:
     check_dtype("stack", stack, *FLOATS)
     check_stack("stack", stack)
     if stack.dim() < 3:
@@ -63,28 +63,33 @@ def _allocate(stack, groups, weight, bias, dweight, dbias, eps):
     if groups < 1 or C % groups:
         raise ValueError(f"groups: wanted a divisor of the {C} channels, got {groups}")
     check_norm(stack, C, "C", weight, bias, dweight, dbias, eps)
-    Q = stacked_queries({"stack": stack}, {"dweight": dweight, "dbias": dbias})
-    return stack.new_empty(1 + Q, *stack.shape[1:])
+    return stacked_queries({"stack": stack}, {"dweight": dweight, "dbias": dbias})
+
+
+def _allocate(stack, groups, weight, bias, dweight, dbias, eps):
+    return stack.new_empty(1 + _check(stack, groups, weight, bias, dweight, dbias, eps), *stack.shape[1:])
 
 
 def _run_reference(stack, groups, weight, bias, dweight, dbias, eps, _):
     return reference.group_norm_delta(stack, groups, weight, bias, dweight=dweight, dbias=dbias, eps=eps)
 
 
-def _run_cpp(stack, groups, weight, bias, dweight, dbias, eps, y):
+def _run_cpp(stack, groups, weight, bias, dweight, dbias, eps, Q):
+    y = stack.new_empty(1 + Q, *stack.shape[1:])
     C, S = stack.shape[2], stack.shape[3:].numel()
     x = stack_of_rows(stack, C // groups * S)
     params = [parameter(p) for p in (weight, bias, dweight, dbias)]
     dispatch.compiled().group_norm_delta(
         *(CODES[stack.dtype], *told(x), *map(address, params), y.data_ptr()),
-        *(x.shape[1], x.shape[2], y.shape[0] - 1, groups, max(S, 1), eps, torch.get_num_threads()),
+        *(x.shape[1], x.shape[2], Q, groups, max(S, 1), eps, torch.get_num_threads()),
     )
     return y
 
 
-def _run_triton(stack, groups, weight, bias, dweight, dbias, eps, y):
+def _run_triton(stack, groups, weight, bias, dweight, dbias, eps, Q):
     from finf_fast.kernels import group_norm_delta as kernel
 
+    y = stack.new_empty(1 + Q, *stack.shape[1:])
     if y.numel():
         C, S = stack.shape[2], stack.shape[3:].numel()
         x = stack_of_rows(stack, C // groups * S)
@@ -93,7 +98,7 @@ def _run_triton(stack, groups, weight, bias, dweight, dbias, eps, y):
     return y
 
 
-# Each is given the result, allocated, and gives it back written.
+# Each is told how many queries the check found.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -103,6 +108,6 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _group_norm_delta(stack, groups, weight, bias, dweight, dbias, eps):
-    y = _allocate(stack, groups, weight, bias, dweight, dbias, eps)
+    Q = _check(stack, groups, weight, bias, dweight, dbias, eps)
     face = dispatch.choose("group_norm_delta", stack)
-    return _FACES[face](stack, groups, weight, bias, dweight, dbias, eps, y)
+    return _FACES[face](stack, groups, weight, bias, dweight, dbias, eps, Q)

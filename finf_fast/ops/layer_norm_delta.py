@@ -76,8 +76,8 @@ def check_norm(stack: Tensor, C: int, letter: str, weight, bias, dweight, dbias,
         raise ValueError(f"eps: wanted a number from 0, got {eps}")
 
 
-def check_row_norm(stack: Tensor, weight, bias, dweight, dbias, residual, eps: float) -> list[Tensor]:
-    """The whole check of a norm over the last dimension, and its results, allocated."""
+def check_row_norm(stack: Tensor, weight, bias, dweight, dbias, residual, eps: float) -> tuple[int, ...]:
+    """The whole check of a norm over the last dimension; gives the leading sizes of its results."""
     check_dtype("stack", stack, *FLOATS)
     check_stack("stack", stack)
     if stack.dim() < 2:
@@ -89,10 +89,16 @@ def check_row_norm(stack: Tensor, weight, bias, dweight, dbias, residual, eps: f
         check_same_device(stack=stack, residual=residual)
     stacks = {"stack": stack, "residual": residual}
     Q = stacked_queries(stacks, {"dweight": dweight, "dbias": dbias})
-    out = [stack.new_empty(1 + Q, *stack.shape[1:])]
-    if residual is not None:
-        out.append(stack.new_empty(1 + stacked_queries(stacks), *stack.shape[1:]))
-    return out
+    return (1 + Q,) if residual is None else (1 + Q, 1 + stacked_queries(stacks))
+
+
+def results(stack: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """What a norm writes, with nothing in it yet: of the stack's shape but for the leading sizes."""
+    return [stack.new_empty(size, *stack.shape[1:]) for size in sizes]
+
+
+def _allocate(stack, weight, bias, dweight, dbias, residual, eps):
+    return results(stack, check_row_norm(stack, weight, bias, dweight, dbias, residual, eps))
 
 
 def _run_reference(stack, weight, bias, dweight, dbias, residual, eps, _):
@@ -100,20 +106,22 @@ def _run_reference(stack, weight, bias, dweight, dbias, residual, eps, _):
     return [out] if residual is None else list(out)
 
 
-def _run_cpp(stack, weight, bias, dweight, dbias, residual, eps, out):
+def _run_cpp(stack, weight, bias, dweight, dbias, residual, eps, sizes):
+    out = results(stack, sizes)
     x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
     params = [parameter(p) for p in (weight, bias, dweight, dbias)]
     dispatch.compiled().layer_norm_delta(
         *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
         *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
-        *(x.shape[1], x.shape[2], out[0].shape[0] - 1, eps, torch.get_num_threads()),
+        *(x.shape[1], x.shape[2], sizes[0] - 1, eps, torch.get_num_threads()),
     )
     return out
 
 
-def _run_triton(stack, weight, bias, dweight, dbias, residual, eps, out):
+def _run_triton(stack, weight, bias, dweight, dbias, residual, eps, sizes):
     from finf_fast.kernels import layer_norm_delta as kernel
 
+    out = results(stack, sizes)
     if stack.numel():
         x, other, y, total = rows_of_norm(stack, residual, out)
         params = [parameter(p) for p in (weight, bias, dweight, dbias)]
@@ -129,7 +137,7 @@ def rows_of_norm(stack: Tensor, residual: Tensor | None, out: list[Tensor]) -> t
     return x, other, y, total
 
 
-# Each is given the results, allocated, and gives them back written.
+# Each is told the leading sizes that the check found.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -137,9 +145,9 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     "layer_norm_delta",
     "(Tensor stack, Tensor? weight, Tensor? bias, Tensor? dweight, Tensor? dbias, Tensor? residual, float eps)"
     " -> Tensor[]",
-    check_row_norm,
+    _allocate,
 )
 def _layer_norm_delta(stack, weight, bias, dweight, dbias, residual, eps):
-    out = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
+    sizes = check_row_norm(stack, weight, bias, dweight, dbias, residual, eps)
     face = dispatch.choose("layer_norm_delta", stack)
-    return _FACES[face](stack, weight, bias, dweight, dbias, residual, eps, out)
+    return _FACES[face](stack, weight, bias, dweight, dbias, residual, eps, sizes)

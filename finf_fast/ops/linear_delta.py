@@ -119,8 +119,9 @@ def _run_reference(stack, W, bias, dW, U, V, db, _):
     return reference.linear_delta(stack, W, bias, dW=dW, dW_factors=factors, db=db)
 
 
-def _run_cpp(stack, W, bias, dW, U, V, db, y):
-    (_, N, D), Q, r = stack.shape, y.shape[0] - 1, 0 if U is None else U.shape[2]
+def _run_cpp(stack, W, bias, dW, U, V, db, Q):
+    y = stack.new_empty(1 + Q, stack.shape[1], W.shape[0])
+    (_, N, D), r = stack.shape, 0 if U is None else U.shape[2]
     stack, turned = rows(stack), W.stride(0) == 1 and W.stride(1) != 1
     W = W.mT if turned else rows(W)
     dW, U, R = (None if x is None else x.to(stack.dtype).contiguous() for x in (dW, U, None if V is None else V.mT))
@@ -141,9 +142,10 @@ def _run_cpp(stack, W, bias, dW, U, V, db, y):
     return y
 
 
-def _run_triton(stack, W, bias, dW, U, V, db, y):
+def _run_triton(stack, W, bias, dW, U, V, db, Q):
     from finf_fast.kernels import linear_delta as kernel
 
+    y = stack.new_empty(1 + Q, stack.shape[1], W.shape[0])
     if y.numel():
         dW, db, U = (None if x is None or not x.numel() else x for x in (dW, db, U))
         factors = None if U is None else (U, V)
@@ -151,7 +153,7 @@ def _run_triton(stack, W, bias, dW, U, V, db, y):
     return y
 
 
-# Each is given the result, allocated, and gives it back written.
+# Each is told how many queries the check found.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -161,5 +163,5 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _linear_delta(stack, W, bias, dW, U, V, db):
-    y = _allocate(stack, W, bias, dW, U, V, db)
-    return _FACES[dispatch.choose("linear_delta", stack)](stack, W, bias, dW, U, V, db, y)
+    Q = _check(stack, W, bias, dW, U, V, db)
+    return _FACES[dispatch.choose("linear_delta", stack)](stack, W, bias, dW, U, V, db, Q)

@@ -8,7 +8,7 @@ from torch import Tensor
 from finf_fast import reference
 from finf_fast.ops import dispatch
 from finf_fast.ops.border import CODES
-from finf_fast.ops.layer_norm_delta import check_row_norm, rows_of_norm
+from finf_fast.ops.layer_norm_delta import check_row_norm, results, rows_of_norm
 from finf_fast.ops.register import register
 from finf_fast.ops.stacks import address, parameter, stack_of_rows, told
 
@@ -50,8 +50,12 @@ def rms_norm_delta(
     return out[0] if residual is None else (out[0], out[1])
 
 
-def _allocate(stack, weight, dweight, residual, eps):
+def _check(stack, weight, dweight, residual, eps):
     return check_row_norm(stack, weight, None, dweight, None, residual, eps)
+
+
+def _allocate(stack, weight, dweight, residual, eps):
+    return results(stack, _check(stack, weight, dweight, residual, eps))
 
 
 def _run_reference(stack, weight, dweight, residual, eps, _):
@@ -59,27 +63,29 @@ def _run_reference(stack, weight, dweight, residual, eps, _):
     return [out] if residual is None else list(out)
 
 
-def _run_cpp(stack, weight, dweight, residual, eps, out):
+def _run_cpp(stack, weight, dweight, residual, eps, sizes):
+    out = results(stack, sizes)
     x, other = (stack_of_rows(s, stack.shape[-1]) for s in (stack, residual))
     params = [parameter(p) for p in (weight, dweight)]
     dispatch.compiled().rms_norm_delta(
         *(CODES[stack.dtype], *told(x), *told(other), *map(address, params)),
         *(out[0].data_ptr(), address(out[1]) if len(out) > 1 else 0),
-        *(x.shape[1], x.shape[2], out[0].shape[0] - 1, eps, torch.get_num_threads()),
+        *(x.shape[1], x.shape[2], sizes[0] - 1, eps, torch.get_num_threads()),
     )
     return out
 
 
-def _run_triton(stack, weight, dweight, residual, eps, out):
+def _run_triton(stack, weight, dweight, residual, eps, sizes):
     from finf_fast.kernels import rms_norm_delta as kernel
 
+    out = results(stack, sizes)
     if stack.numel():
         x, other, y, total = rows_of_norm(stack, residual, out)
         kernel.rms_norm_delta(x, other, parameter(weight), parameter(dweight), y, total, eps)
     return out
 
 
-# Each is given the results, allocated, and gives them back written.
+# Each is told the leading sizes that the check found.
 _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
 
 
@@ -89,5 +95,5 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _rms_norm_delta(stack, weight, dweight, residual, eps):
-    out = _allocate(stack, weight, dweight, residual, eps)
-    return _FACES[dispatch.choose("rms_norm_delta", stack)](stack, weight, dweight, residual, eps, out)
+    sizes = _check(stack, weight, dweight, residual, eps)
+    return _FACES[dispatch.choose("rms_norm_delta", stack)](stack, weight, dweight, residual, eps, sizes)

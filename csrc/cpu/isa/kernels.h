@@ -19,7 +19,8 @@ struct Row {
     int64_t target;
 };
 
-// sum e^(x - top), with top the largest x met so far, starting below every finite number but above -inf.
+// sum e^(x - top), with top the largest x met so far or one not far below it, starting below every finite number but
+// above -inf.
 struct ScaledSum {
     float top;
     double sum;
@@ -28,7 +29,7 @@ struct ScaledSum {
 // One query's change of a row, and what the loop finds out about it.
 struct Change {
     const void* d;
-    double u = 0;                // see numerics.h, scaled by the row's largest logit
+    double u = 0;                // see numerics.h, scaled by e^-top of the row's sum
     float largest_step = 0;      // largest d_v - d_t, exact once it has passed the reach of the short polynomial
     bool outgrew_short = false;  // some |d_v - d_t| has passed that reach
 };
