@@ -123,20 +123,31 @@ def test_later_columns_are_larger(dtype, rise, step, lead):
 
 
 @pytest.mark.parametrize("place", [0, 2047, 2048, 4095, 4096, 6143, 6144, 6207, 6208, 6975, 6983, 6984, 6999])
-@pytest.mark.parametrize("height", [19.5, 60.0])
+@pytest.mark.parametrize("height", [19.5, 100.0])
 def test_one_column_towers_above_the_others(dtype, place, height):
     """In every part of a block, the ragged end too: as the target, whose loss is then tiny, and as another column."""
     case = make_case(N=2, V=7000, step=1e-3, dtype=torch.float64)
     z = case.z - 60
     z[:, 5], z[:, place] = 0.0, height
-    case = replace(case, z=z.to(dtype), dz=case.dz.to(dtype), target=torch.tensor([place, 5]))
-    check(cross_entropy_delta, case)
+    target = torch.tensor([place if height < 60 else 5, 5])  # e^-100 is no normal number
+    check(cross_entropy_delta, replace(case, z=z.to(dtype), dz=case.dz.to(dtype), target=target))
 
 
-def test_a_larger_column_rises_by_as_much_as_counts(dtype):
+def test_a_tiny_loss_of_a_later_target_keeps_its_digits(dtype):
+    """Of a lead of 16 to 20 over one other column the loss is 1e-7 to 2e-9."""
+    lead = torch.arange(16, 20, 0.0625).to(dtype)
+    z = torch.full((len(lead), 5000), -80.0, dtype=dtype)
+    z[:, 5], z[:, 3000] = 0.0, lead
+    base, _ = cross_entropy_delta(z, torch.zeros(1, *z.shape, dtype=dtype), torch.full((len(lead),), 3000))
+    true = np.log1p(np.exp(-exact(lead)))
+    assert (np.abs(exact(base) / true - 1) <= 2 * torch.finfo(base.dtype).eps + 1e-14 * (dtype == torch.float64)).all()
+
+
+@pytest.mark.parametrize("height", [19.5, 59.0])
+def test_a_larger_column_rises_by_as_much_as_counts(dtype, height):
     """What later blocks may have more than the first, and what a change may gain, at once."""
     case = make_case(N=4, V=7000, step=1e-3, dtype=torch.float64)
-    case.z[:, 3000], case.dz[:, :, 3000] = case.z[:, :2048].max() + 19.5, 39.0
+    case.z[:, 3000], case.dz[:, :, 3000] = case.z[:, :2048].max() + height, 39.0
     check(cross_entropy_delta, replace(case, z=case.z.to(dtype), dz=case.dz.to(dtype)))
 
 
