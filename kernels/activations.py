@@ -58,12 +58,12 @@ def _far_step(up, down, y1, dy):
 
 
 @triton.jit
-def _far_product(before, after, d, by_product):
-    """After a long way the plain difference where both values are below d, which the product rule adds and takes
+def _far_product(before, after, held, by_product):
+    """After a long way the product rule; the plain difference where both values are below what that adds and takes
 
-    away; else the product rule.
+    away, held = d gate(h). In the tails the values carry the rounding of h + d many times over.
     """
-    return tl.where(tl.abs(d) < tl.abs(before) + tl.abs(after), by_product, after - before)
+    return tl.where(tl.abs(held) < tl.abs(before) + tl.abs(after), by_product, after - before)
 
 
 @triton.jit
@@ -207,8 +207,9 @@ def far_change(h, d, first, second, KIND: tl.constexpr):
     elif KIND == "gelu":
         _, tail1 = _normal(h1)
         below = _distribution(h, second)
-        by_product = _far_step_of_normal(h, second, h1, tail1) * h1 + d * below
-        change = _far_product(h * below, h1 * _distribution(h1, tail1), d, by_product)
+        held = d * below
+        by_product = _far_step_of_normal(h, second, h1, tail1) * h1 + held
+        change = _far_product(h * below, h1 * _distribution(h1, tail1), held, by_product)
     else:
         y1 = _gate(h1, KIND)
         step = _far_step(first, second, y1, _gate_change(h, d, KIND))
@@ -218,5 +219,6 @@ def far_change(h, d, first, second, KIND: tl.constexpr):
             change = 2.0 * step
         else:
             up1, _ = _sides(y1)
-            change = _far_product(h * first, h1 * up1, d, step * h1 + d * first)
+            held = d * first
+            change = _far_product(h * first, h1 * up1, held, step * h1 + held)
     return change

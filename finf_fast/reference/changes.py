@@ -242,7 +242,7 @@ def _gate_change(h: Tensor, d: Tensor, h1: Tensor, dy: Tensor, gate: Callable[[T
         h1, y = h + d, gate(h)
         y1, S = gate(h1), torch.sigmoid(y)
         by_product = torch.addcmul(_step(S, torch.sigmoid(-y), y1, dy).mul_(h1), d, S)
-        return _far_difference(h * S, h1 * torch.sigmoid(y1), d, by_product)
+        return _far_difference(h * S, h1 * torch.sigmoid(y1), d * S, by_product)
 
     y = gate(h)
     S = torch.sigmoid(y)
@@ -250,9 +250,12 @@ def _gate_change(h: Tensor, d: Tensor, h1: Tensor, dy: Tensor, gate: Callable[[T
     return _mended(near, dy.abs(), 1, _largest(dy), far, h, d, dy)
 
 
-def _far_difference(before: Tensor, after: Tensor, d: Tensor, by_product: Tensor) -> Tensor:
-    """After a long way the plain difference, where both values are below d, which the product adds and takes away."""
-    return torch.where(before.abs() + after.abs() <= d.abs(), after - before, by_product)
+def _far_difference(before: Tensor, after: Tensor, held: Tensor, by_product: Tensor) -> Tensor:
+    """The product rule; the plain difference where both values are below what that adds and takes away, d gate(x).
+
+    In the tails the values carry the rounding of h + d many times over, which the product rule does not meet.
+    """
+    return torch.where(before.abs() + after.abs() <= held.abs(), after - before, by_product)
 
 
 def silu_change(h: Tensor, d: Tensor) -> Tensor:
@@ -338,7 +341,7 @@ def _far_gelu(h: Tensor, d: Tensor) -> Tensor:
     h1, below = h + d, _normal(h)
     step = _erf_by_tails(_ROOT_HALF * h, _ROOT_HALF * d)
     by_product = torch.addcmul(step.mul_(0.5).mul_(h1), d, below)
-    return _far_difference(h * below, h1 * _normal(h1), d, by_product)
+    return _far_difference(h * below, h1 * _normal(h1), d * below, by_product)
 
 
 def _normal(x: Tensor) -> Tensor:

@@ -98,10 +98,10 @@ FINF_INLINE Vec far_step(Core at, Vec y1, Vec dy) {
     return select_less(Vec(0.0f), dy, rise, fall) * expm1_of(negative(abs(dy)));
 }
 
-// x gate(x) after a long way: the plain difference where both values are below d, which the product rule adds and takes
-// away; else the product rule.
-FINF_INLINE Vec far_product(Vec before, Vec after, Vec d, Vec by_product) {
-    return select_less(abs(d), abs(before) + abs(after), by_product, after - before);
+// x gate(x) after a long way: the product rule; the plain difference where both values are below what that adds and
+// takes away, which is held = d gate(x). In the tails the values carry the rounding of h + d many times over.
+FINF_INLINE Vec far_product(Vec before, Vec after, Vec held, Vec by_product) {
+    return select_less(abs(held), abs(before) + abs(after), by_product, after - before);
 }
 
 // The sigmoid's series: s1 e + s2 e^2 + s3 e^3 + s4 e^4, with p = s (1 - s) its slope and t = 2s - 1. The next term is
@@ -179,7 +179,7 @@ struct Gated {
         const Core at = sides<K>(y);
         const Vec near = near_step(at, dy);
         const Vec far = far_step<K>(at, y1, dy), held = d * at.up;
-        const Vec jump = far_product(h * at.up, h1 * sides<K>(y1).up, d, fma(far, h1, held));
+        const Vec jump = far_product(h * at.up, h1 * sides<K>(y1).up, held, fma(far, h1, held));
         return select_less(Vec(SHORT_REACH), abs(dy), jump, fma(near, h1, held));
     }
 };
@@ -266,7 +266,7 @@ struct Gelu {
         const Vec h1 = h + d, below = distribution(h, at.down), held = d * below;
         const Vec near = fma(near_step(Vec(ROOT) * at.up, h, d), h1, held);
         const Vec t1 = normal<Digits::all>(h1).down, far = fma(far_step(h, at.down, h1, t1), h1, held);
-        const Vec jump = far_product(h * below, h1 * distribution(h1, t1), d, far);
+        const Vec jump = far_product(h * below, h1 * distribution(h1, t1), held, far);
         return select_less(Vec(NEAR), abs(d) * fma(abs(d), Vec(4.0f), abs(h)), jump, near);
     }
 
