@@ -1,4 +1,4 @@
-"""topk_merge against torch.topk of the kept and the new scores together.
+"""topk_merge in place, as the running list of a sweep is kept, against torch.topk of the kept and the new together.
 
 python bench/bench_topk_merge.py [--save] [--quick]
 """
@@ -11,7 +11,7 @@ import torch
 
 import machine
 import table
-from finf_fast.ops import topk_merge
+from finf_fast.ops import topk_merge_
 
 SCORES, QUICK_SCORES = 1 << 24, 1 << 20
 
@@ -33,7 +33,7 @@ CASES = (Case(10, 16, 4096), Case(1000, 16, 4096), Case(100, 1, 1 << 20), Case(1
 def ours(scores: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     values, indices = torch.full((case.Q, case.K), -torch.inf), torch.full((case.Q, case.K), -1)
     for start in range(0, scores.shape[1], case.block):
-        values, indices = topk_merge(values, indices, scores[:, start : start + case.block], start)
+        topk_merge_(values, indices, scores[:, start : start + case.block], start)
     return values, indices
 
 

@@ -33,6 +33,7 @@ WORK = {
     "rms_norm_delta": 4,
     "squared_error_delta": 3,
 }
+WORK_IN_BF16 = {**WORK, "activation_delta": 4}  # three terms
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _product(op: str, kind: str, gflops: float, work: int, numbers: int) -> Poin
 
 def _streamed(op: str, row: dict) -> Point:
     kind = KINDS[_said(r"(float32|bfloat16)", row)[0]]
-    intensity = WORK[op] / SIZES[kind]
+    intensity = {"fp32": WORK, "bf16": WORK_IN_BF16}[kind][op] / SIZES[kind]
     return Point(op, kind, intensity, intensity * row["gb_per_s"])
 
 

@@ -417,8 +417,10 @@ def test_no_change_is_exactly_zero(dtype, case, smoothing):
 
 @settings(max_examples=25, deadline=None)
 @given(case=small_cases(), smoothing=st.sampled_from([0.0, 0.1, 1.0]))
-def test_base_and_change_add_up_to_the_loss_after(case, smoothing):
+def test_base_and_change_add_up_to_the_loss_after(dtype, case, smoothing):
     """In float64, against torch's own loss."""
+    if dtype != torch.float64:
+        pytest.skip("the sum's own rounding hides it")
     case = replace(exactly(case, torch.float64), label_smoothing=smoothing)
     base, delta = case.run(cross_entropy_delta)
     for d, dz in zip(delta, case.dz, strict=True):

@@ -67,7 +67,7 @@ def test_every_width(dtype, D):
     check(squared_error_delta, *make(5, D, 2, dtype=dtype))
 
 
-@pytest.mark.parametrize("kinds", itertools.product([torch.float32, torch.bfloat16], repeat=3))
+@pytest.mark.parametrize("kinds", [*itertools.product([torch.float32, torch.bfloat16], repeat=3)])
 def test_each_input_of_its_own_type(kinds):
     """All that one compiled loop takes; wide inputs hold numbers that the narrow type has too."""
     tensors = make(9, 131, 2, dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ import checks
 from checks import check_topk, empty_list
 from finf_fast.ops import topk_merge, topk_merge_
 from journey import cpu_looks
+from stack_cases import with_threads
 
 dtype = checks.face_fixture("topk_merge")
 NAN, INF = float("nan"), float("inf")
@@ -38,6 +39,15 @@ def test_scores_that_blocks_of_a_gpu_share(dtype, K):
     scores = torch.randint(-50, 50, (2, 70_000)).to(dtype)
     scores[0, ::5] = NAN
     check_topk(topk_merge, scores, K, cuts=(30_001,))
+
+
+@pytest.mark.parametrize("Q", [1, 2, 3])
+@pytest.mark.parametrize("K", [1, 100, 2000])
+def test_threads_that_share_a_query(dtype, Q, K):
+    """Fewer queries than threads: each takes a stretch, of which some hold nothing that enters the list."""
+    scores = torch.randint(-500, 500, (Q, 70_001)).to(dtype)
+    scores[:, 10_000:30_000], scores[:, ::7] = -INF, NAN
+    with_threads(lambda: check_topk(topk_merge, scores, K, cuts=(3, 40_000), start=7))
 
 
 @pytest.mark.parametrize("way", [1, -1])

@@ -1,6 +1,8 @@
 #include "topk_merge.h"
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <vector>
 
 #include "parallel.h"
@@ -27,12 +29,15 @@ struct Entry {
     }
 };
 
+// The list of a row, while scores come; or of a stretch of a row, empty at first and without what the row's own list
+// would not take.
 template <class T>
 class Running {
   public:
-    Running(const TopKMerge& op, int64_t q)
-        : values_(static_cast<T*>(op.values) + q * op.K), indices_(op.indices + q * op.K), kept_(op.K) {
-        for (int64_t k = 0; k < op.K; ++k) kept_[k] = {values_[k], indices_[k]};
+    Running(const TopKMerge& op, int64_t q, bool whole)
+        : values_(static_cast<T*>(op.values) + q * op.K), indices_(op.indices + q * op.K), kept_(op.K, EMPTY) {
+        if (!whole) bar_ = {values_[op.K - 1], indices_[op.K - 1]};
+        for (int64_t k = 0; whole && k < op.K; ++k) kept_[k] = {values_[k], indices_[k]};
         room_ = static_cast<size_t>(std::max(op.K, LEAST_GATHERED));
     }
 
@@ -44,6 +49,11 @@ class Running {
         merge();
     }
 
+    void add(const Running& stretch) {
+        found_ = stretch.kept_;
+        merge();
+    }
+
     void store() const {
         for (size_t k = 0; k < kept_.size(); ++k) {
             values_[k] = kept_[k].value;
@@ -52,18 +62,23 @@ class Running {
     }
 
   private:
+    static constexpr Entry<T> EMPTY = {-std::numeric_limits<T>::infinity(), -1};
+
+    Entry<T> worst() const { return std::min(kept_.back(), bar_); }
+
     bool any_reaches_worst(const T* scores, int64_t count) const {
-        const T worst = kept_.back().value;
+        const T worst = this->worst().value;
         int reached = 0;
         for (int64_t s = 0; s < count; ++s) reached |= scores[s] >= worst;
         return reached;
     }
 
     void gather(const T* scores, int64_t count, int64_t index) {
+        const Entry<T> worst = this->worst();
         for (int64_t s = 0; s < count; ++s) {
             const Entry<T> entry = {scores[s], index + s};
             const bool is_nan = entry.value != entry.value;
-            if (!is_nan && entry < kept_.back()) found_.push_back(entry);
+            if (!is_nan && entry < worst) found_.push_back(entry);
         }
         if (found_.size() >= room_) merge();
     }
@@ -80,6 +95,7 @@ class Running {
     T* values_;
     int64_t* indices_;
     std::vector<Entry<T>> kept_, found_;
+    Entry<T> bar_ = EMPTY;
     size_t room_ = 0;
 };
 
@@ -98,11 +114,20 @@ void merge_all(const TopKMerge& op) {
         if (!is_sorted(static_cast<const T*>(op.values) + q * op.K, op.indices + q * op.K, op.K))
             reject("values", "each row sorted, best first, without NaN", "row " + std::to_string(q) + " out of order");
     }
-    parallel_for(op.Q, std::min(op.threads, 1 + op.Q * op.S / WORTH_WAKING), [&](int64_t q) {
-        Running<T> running(op, q);
-        running.add(static_cast<const T*>(op.scores) + q * op.scores_stride_q, op.S, op.start);
-        running.store();
+    const int64_t threads = std::min(op.threads, 1 + op.Q * op.S / WORTH_WAKING);
+    const int64_t parts = (threads + op.Q - 1) / op.Q, step = (op.S / parts / GLANCE + 1) * GLANCE;
+    std::vector<std::optional<Running<T>>> running(op.Q * parts);
+    parallel_for(op.Q * parts, threads, [&](int64_t task) {
+        const int64_t q = task / parts, part = task % parts, first = std::min(op.S, part * step);
+        const T* scores = static_cast<const T*>(op.scores) + q * op.scores_stride_q;
+        running[task].emplace(op, q, part == 0);
+        running[task]->add(scores + first, std::min(step, op.S - first), op.start + first);
+        if (parts == 1) running[task]->store();
     });
+    for (int64_t q = 0; q < op.Q && parts > 1; ++q) {
+        for (int64_t part = 1; part < parts; ++part) running[q * parts]->add(*running[q * parts + part]);
+        running[q * parts]->store();
+    }
 }
 
 void check(const TopKMerge& op) {

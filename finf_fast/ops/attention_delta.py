@@ -71,7 +71,7 @@ def attention_delta(
     return _attention_delta(q, k, v, causal, scale, mask, softcap, cu_seqlens)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal, scale, mask, softcap, cu_seqlens) -> int:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask, softcap, cu_seqlens) -> int:
     check_dtype("q", q, *FLOATS)
     check_dtype("k", k, q.dtype)
     check_dtype("v", v, q.dtype)
@@ -93,7 +93,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal, scale, mask, softcap, cu_seq
 
 
 def _allocate(q, k, v, causal, scale, mask, softcap, cu_seqlens):
-    return _result(q, v, _check(q, k, v, causal, scale, mask, softcap, cu_seqlens))
+    return _result(q, v, _check(q, k, v, mask, softcap, cu_seqlens))
 
 
 def _result(q: Tensor, v: Tensor, Q: int) -> Tensor:
@@ -190,7 +190,7 @@ _FACES = {"cpp": _run_cpp, "triton": _run_triton, "reference": _run_reference}
     _allocate,
 )
 def _attention_delta(q, k, v, causal, scale, mask, softcap, cu_seqlens):
-    Q = _check(q, k, v, causal, scale, mask, softcap, cu_seqlens)
+    Q = _check(q, k, v, mask, softcap, cu_seqlens)
     if cu_seqlens is not None and q.device.type == "cpu":
         _check_ascends(cu_seqlens, q.shape[3])
     face = dispatch.choose("attention_delta", q, width=max(q.shape[4], v.shape[4]))
