@@ -5,13 +5,12 @@
 #include <optional>
 #include <vector>
 
+#include "isa/kernels.h"
 #include "parallel.h"
 
 namespace finf {
 namespace {
 
-// Scores looked at together: if none reaches the worst kept one, the whole stretch is passed over.
-constexpr int64_t GLANCE = 64;
 // Candidates gathered before they are sorted in; at least K, so that sorting stays cheap beside looking.
 constexpr int64_t LEAST_GATHERED = 256;
 // Scores that are worth another thread, which takes longer to wake than these to look at.
@@ -29,6 +28,13 @@ struct Entry {
     }
 };
 
+int64_t passed_over(const float* scores, int64_t count, float worst) {
+    return kernels().topk_merge->passed_over_f32(scores, count, worst);
+}
+int64_t passed_over(const double* scores, int64_t count, double worst) {
+    return kernels().topk_merge->passed_over_f64(scores, count, worst);
+}
+
 // The list of a row, while scores come; or of a stretch of a row, empty at first and without what the row's own list
 // would not take.
 template <class T>
@@ -42,9 +48,8 @@ class Running {
     }
 
     void add(const T* scores, int64_t S, int64_t start) {
-        for (int64_t s = 0; s < S; s += GLANCE) {
-            const int64_t count = std::min(GLANCE, S - s);
-            if (any_reaches_worst(scores + s, count)) gather(scores + s, count, start + s);
+        for (int64_t s = 0; (s += passed_over(scores + s, S - s, worst().value)) < S; s += GLANCE) {
+            gather(scores + s, std::min(GLANCE, S - s), start + s);
         }
         merge();
     }
@@ -65,13 +70,6 @@ class Running {
     static constexpr Entry<T> EMPTY = {-std::numeric_limits<T>::infinity(), -1};
 
     Entry<T> worst() const { return std::min(kept_.back(), bar_); }
-
-    bool any_reaches_worst(const T* scores, int64_t count) const {
-        const T worst = this->worst().value;
-        int reached = 0;
-        for (int64_t s = 0; s < count; ++s) reached |= scores[s] >= worst;
-        return reached;
-    }
 
     void gather(const T* scores, int64_t count, int64_t index) {
         const Entry<T> worst = this->worst();
@@ -116,17 +114,18 @@ void merge_all(const TopKMerge& op) {
     }
     const int64_t threads = std::min(op.threads, 1 + op.Q * op.S / WORTH_WAKING);
     const int64_t parts = (threads + op.Q - 1) / op.Q, step = (op.S / parts / GLANCE + 1) * GLANCE;
-    std::vector<std::optional<Running<T>>> running(op.Q * parts);
+    std::vector<std::optional<Running<T>>> lists(parts > 1 ? op.Q * parts : 0);
     parallel_for(op.Q * parts, threads, [&](int64_t task) {
         const int64_t q = task / parts, part = task % parts, first = std::min(op.S, part * step);
         const T* scores = static_cast<const T*>(op.scores) + q * op.scores_stride_q;
-        running[task].emplace(op, q, part == 0);
-        running[task]->add(scores + first, std::min(step, op.S - first), op.start + first);
-        if (parts == 1) running[task]->store();
+        Running<T> running(op, q, part == 0);
+        running.add(scores + first, std::min(step, op.S - first), op.start + first);
+        if (parts == 1) return running.store();
+        lists[task] = std::move(running);
     });
     for (int64_t q = 0; q < op.Q && parts > 1; ++q) {
-        for (int64_t part = 1; part < parts; ++part) running[q * parts]->add(*running[q * parts + part]);
-        running[q * parts]->store();
+        for (int64_t part = 1; part < parts; ++part) lists[q * parts]->add(*lists[q * parts + part]);
+        lists[q * parts]->store();
     }
 }
 

@@ -230,6 +230,14 @@ struct DeliveryLoops {
     void (*shade_bf16)(const uint8_t* from, int64_t count, const PixelRule&, int64_t phase, Bf16* to);
 };
 
+// Scores that topk_merge looks at together: if none reaches the worst kept one, all are passed over.
+constexpr int64_t GLANCE = 64;
+
+struct TopKLoops {
+    int64_t (*passed_over_f32)(const float* scores, int64_t count, float worst);
+    int64_t (*passed_over_f64)(const double* scores, int64_t count, double worst);
+};
+
 struct Kernels {
     const char* name;
     const CrossEntropyLoops (*cross_entropy_delta)[2];  // [type of z][type of d]: 0 = float32, 1 = bfloat16
@@ -246,6 +254,7 @@ struct Kernels {
     // `count` normal numbers of a sample and draw, from position 4 `block` on.
     void (*noise_row)(uint64_t seed, uint64_t sample, uint32_t draw, int64_t block, int64_t count, float* out);
     const DeliveryLoops* delivery;
+    const TopKLoops* topk_merge;
 };
 
 extern const Kernels BASELINE;

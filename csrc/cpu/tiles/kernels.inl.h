@@ -11,6 +11,7 @@
 #include "noise.inl.h"
 #include "normalize.inl.h"
 #include "squared_error_delta.inl.h"
+#include "topk_merge.inl.h"
 
 // Half: how bfloat16 results of activations and norms are rounded.
 template <class Half>
@@ -26,5 +27,6 @@ constexpr finf::Kernels kernels_of(const char* name) {
             nullptr,
             flops_of_fma,
             noise_row,
-            &DELIVERY};
+            &DELIVERY,
+            &TOPK_MERGE};
 }
