@@ -59,11 +59,15 @@ def _far_step(up, down, y1, dy):
 
 @triton.jit
 def _far_product(before, after, held, by_product):
-    """After a long way the product rule; the plain difference where both values are below what that adds and takes
+    """After a long way the plain difference where it takes nothing back, or less than the product rule does with
 
-    away, held = d gate(h). In the tails the values carry the rounding of h + d many times over.
+    held = d gate(h); else the product rule. In the tails two values near each other differ by much less than the
+    rounding of h + d moves either.
     """
-    return tl.where(tl.abs(held) < tl.abs(before) + tl.abs(after), by_product, after - before)
+    plain = after - before
+    size = tl.abs(before) + tl.abs(after)
+    by_rule = (tl.abs(held) < size) & (2.0 * tl.abs(plain) < size)
+    return tl.where(by_rule, by_product, plain)
 
 
 @triton.jit

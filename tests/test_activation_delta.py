@@ -155,6 +155,14 @@ def test_infinities_and_nan(dtype, kind):
     assert out[1, others].eq(0).all() and torch.equal(out[0, others].double(), value[others])
 
 
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "quick_gelu"])
+def test_a_change_without_end(dtype, kind):
+    """From wherever in the tail: the value at infinity."""
+    h = torch.tensor([-200.0, -15.0, -1.0, 2.0])
+    out = activation_delta(torch.stack([h, torch.full_like(h, torch.inf)]).to(dtype), kind)
+    assert out[1].eq(torch.inf).all()
+
+
 def test_bfloat16_is_rounded_to_the_nearest_even(dtype):
     """Every product of two significands: exact in float32, some of them halfway between two bfloat16."""
     if dtype != torch.bfloat16:

@@ -137,12 +137,13 @@ def test_a_rule_is_the_change_in_float64(one, data):
     one.check(data.draw(WORLDS))
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_vector_of_which_a_step_leaves_nothing(dtype):
+def test_a_vector_of_which_a_step_leaves_nothing(dtype, p):
     """Its length as value plus change is rounding alone, and the least it may be is lost in it."""
     before = torch.tensor([[-1.0, 1.0, 1.0, 0.0], [0.0, 2.0, 0.0, 1.0], [3.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     changes = torch.stack([-before, -before.roll(1, 0), torch.full_like(before, -1.0)])
-    check(F.normalize, [of_stack(torch.cat([before[None], changes]).to(dtype))], dtype)
+    check(lambda x: F.normalize(x, p), [of_stack(torch.cat([before[None], changes]).to(dtype))], dtype)
 
 
 TAILS = torch.tensor([-30.0, -10.0, -3.0, -0.5, 0.0, 0.5, 3.0, 10.0, 30.0], dtype=torch.float64)

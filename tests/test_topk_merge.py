@@ -50,6 +50,19 @@ def test_threads_that_share_a_query(dtype, Q, K):
     with_threads(lambda: check_topk(topk_merge, scores, K, cuts=(3, 40_000), start=7))
 
 
+def test_equals_that_come_later_with_smaller_indices(dtype):
+    """A list full of zeros against blocks of zeros: whole glances, and stretches of a query, hold the better."""
+    values, indices = topk_merge(*empty_list(1, 3, dtype), torch.zeros(1, 65_536, dtype=dtype), 65_536)
+    late = torch.full((1, 65_536), -1.0, dtype=dtype)
+    late[:, 40_000:] = 0
+
+    def check():
+        assert topk_merge(values, indices, torch.zeros_like(late), 0)[1].tolist() == [[0, 1, 2]]
+        assert topk_merge(values, indices, late, 0)[1].tolist() == [[40_000, 40_001, 40_002]]
+
+    with_threads(check)
+
+
 @pytest.mark.parametrize("way", [1, -1])
 def test_scores_that_rise_or_fall(dtype, way):
     """Rising scores replace the whole list again and again; falling ones never enter it."""

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t LEAST_GATHERED = 256;
 // Scores that are worth another thread, which takes longer to wake than these to look at.
 constexpr int64_t WORTH_WAKING = 1 << 14;
+// Of a query's, for each of its places, that are worth a list of their own, which has to be joined with the others.
+constexpr int64_t WORTH_A_LIST = 16;
 
 template <class T>
 struct Entry {
@@ -55,8 +57,11 @@ class Running {
     }
 
     void add(const Running& stretch) {
-        found_ = stretch.kept_;
-        merge();
+        for (const Entry<T>& entry : stretch.kept_) {
+            if (entry.index < 0) break;
+            found_.push_back(entry);
+        }
+        merge_sorted();
     }
 
     void store() const {
@@ -82,8 +87,12 @@ class Running {
     }
 
     void merge() {
-        if (found_.empty()) return;
         std::sort(found_.begin(), found_.end());
+        merge_sorted();
+    }
+
+    void merge_sorted() {
+        if (found_.empty()) return;
         std::vector<Entry<T>> both(kept_.size() + found_.size());
         std::merge(kept_.begin(), kept_.end(), found_.begin(), found_.end(), both.begin());
         std::copy_n(both.begin(), kept_.size(), kept_.begin());
@@ -113,7 +122,8 @@ void merge_all(const TopKMerge& op) {
             reject("values", "each row sorted, best first, without NaN", "row " + std::to_string(q) + " out of order");
     }
     const int64_t threads = std::min(op.threads, 1 + op.Q * op.S / WORTH_WAKING);
-    const int64_t parts = (threads + op.Q - 1) / op.Q, step = (op.S / parts / GLANCE + 1) * GLANCE;
+    const int64_t parts = std::clamp<int64_t>(op.S / (WORTH_A_LIST * op.K), 1, std::max<int64_t>(1, threads / op.Q));
+    const int64_t step = (op.S / parts / GLANCE + 1) * GLANCE;
     std::vector<std::optional<Running<T>>> lists(parts > 1 ? op.Q * parts : 0);
     parallel_for(op.Q * parts, threads, [&](int64_t task) {
         const int64_t q = task / parts, part = task % parts, first = std::min(op.S, part * step);

@@ -241,15 +241,14 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
     kind = input.dtype
     input = cast(input, torch.promote_types(kind, torch.float32))  # rounded once, at the end
     length = vector_norm(input, p, dim, keepdim=True)
-    found = input / length.clamp(min=eps)
-    return cast(found if p != 2 else _collapsed(found, input, dim, eps), kind)
+    return cast(_collapsed(input / length.clamp(min=eps), input, p, dim, eps), kind)
 
 
-def _collapsed(found: Stack, input: Stack, dim: int, eps: float) -> Stack:
+def _collapsed(found: Stack, input: Stack, p: float, dim: int, eps: float) -> Stack:
     """Where a step leaves next to nothing of a vector, its length as value plus change has lost ``eps`` and itself."""
     stack, place = found.stacked, behind(dim)  # no look at values: a GPU would be waited for
     after = input.stacked[:1] + input.stacked[1:]
-    length = after.norm(2, place, keepdim=True)
-    gone = length < NOTHING * input.stacked[:1].norm(2, place, keepdim=True)
+    length = after.norm(p, place, keepdim=True)
+    gone = length < NOTHING * input.stacked[:1].norm(p, place, keepdim=True)
     changes = torch.where(gone, after / length.clamp(min=eps) - stack[:1], stack[1:])
     return Stack(torch.cat([stack[:1], changes]))

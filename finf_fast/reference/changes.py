@@ -251,11 +251,11 @@ def _gate_change(h: Tensor, d: Tensor, h1: Tensor, dy: Tensor, gate: Callable[[T
 
 
 def _far_difference(before: Tensor, after: Tensor, held: Tensor, by_product: Tensor) -> Tensor:
-    """The product rule; the plain difference where both values are below what that adds and takes away, d gate(x).
-
-    In the tails the values carry the rounding of h + d many times over, which the product rule does not meet.
-    """
-    return torch.where(before.abs() + after.abs() <= held.abs(), after - before, by_product)
+    """The plain difference where it takes nothing back, or less than the product rule does with held = d gate(h); else
+    the product rule. In the tails two values near each other differ by much less than the rounding of h + d moves
+    either."""
+    plain, size = after - before, before.abs() + after.abs()
+    return torch.where((held.abs() < size) & (2 * plain.abs() < size), by_product, plain)
 
 
 def silu_change(h: Tensor, d: Tensor) -> Tensor:
@@ -324,7 +324,10 @@ def _erf_by_quadrature(h: Tensor, d: Tensor, n: int) -> Tensor:
 
 
 def _erf_by_tails(h: Tensor, d: Tensor) -> Tensor:
-    h1 = h + d
+    return _erf_between(h, h + d)
+
+
+def _erf_between(h: Tensor, h1: Tensor) -> Tensor:
     tails = torch.special.erfc(h.abs()) - torch.special.erfc(h1.abs())
     return torch.where(h.sign() * h1.sign() > 0, torch.where(h > 0, tails, -tails), h1.erf() - h.erf())
 
@@ -339,7 +342,7 @@ def gelu_change(h: Tensor, d: Tensor) -> Tensor:
 
 def _far_gelu(h: Tensor, d: Tensor) -> Tensor:
     h1, below = h + d, _normal(h)
-    step = _erf_by_tails(_ROOT_HALF * h, _ROOT_HALF * d)
+    step = _erf_between(_ROOT_HALF * h, _ROOT_HALF * h1)  # as the two values have them
     by_product = torch.addcmul(step.mul_(0.5).mul_(h1), d, below)
     return _far_difference(h * below, h1 * _normal(h1), d * below, by_product)
 

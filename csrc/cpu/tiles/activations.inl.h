@@ -98,10 +98,12 @@ FINF_INLINE Vec far_step(Core at, Vec y1, Vec dy) {
     return select_less(Vec(0.0f), dy, rise, fall) * expm1_of(negative(abs(dy)));
 }
 
-// x gate(x) after a long way: the product rule; the plain difference where both values are below what that adds and
-// takes away, which is held = d gate(x). In the tails the values carry the rounding of h + d many times over.
+// x gate(x) after a long way: the plain difference where it takes nothing back, or less than the product rule does with
+// held = d gate(h); else the product rule. In the tails two values near each other differ by much less than the
+// rounding of h + d moves either.
 FINF_INLINE Vec far_product(Vec before, Vec after, Vec held, Vec by_product) {
-    return select_less(abs(held), abs(before) + abs(after), by_product, after - before);
+    const Vec plain = after - before, kept = max(abs(held), Vec(2.0f) * abs(plain));
+    return select_less(kept, abs(before) + abs(after), by_product, plain);
 }
 
 // The sigmoid's series: s1 e + s2 e^2 + s3 e^3 + s4 e^4, with p = s (1 - s) its slope and t = 2s - 1. The next term is
