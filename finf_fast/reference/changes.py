@@ -310,7 +310,7 @@ def _bend(h: Tensor, d: Tensor) -> tuple[Tensor, float, float, int]:
 def erf_change(h: Tensor, d: Tensor) -> Tensor:
     """erf(x). Long ways by erfc on their own side of 0, by erf across it."""
     bend, largest, limit, n = _bend(h, d)
-    return _mended(_erf_by_quadrature(h, d, n), bend, limit, largest, _erf_by_tails, h, d)
+    return _mended(_erf_by_quadrature(h, d, n), bend, limit, largest, lambda h, d: _erf_between(h, h + d), h, d)
 
 
 def _erf_by_quadrature(h: Tensor, d: Tensor, n: int) -> Tensor:
@@ -321,10 +321,6 @@ def _erf_by_quadrature(h: Tensor, d: Tensor, n: int) -> Tensor:
         density = at.mul_(at).neg_().exp_()
         total = density.mul_(float(w)) if total is None else total.add_(density, alpha=float(w))
     return total.mul_(d)
-
-
-def _erf_by_tails(h: Tensor, d: Tensor) -> Tensor:
-    return _erf_between(h, h + d)
 
 
 def _erf_between(h: Tensor, h1: Tensor) -> Tensor:
