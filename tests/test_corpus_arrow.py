@@ -87,10 +87,12 @@ def test_masks_and_labels_as_they_are_stored(tmp_path):
     rows = [text or [7] for text in texts(9)]
     masks = [[1] * (len(row) - 1) + [0] for row in rows]
     labels = [[-100, *row[1:]] for row in rows]
+    kinds = [[0] + [1] * (len(row) - 1) for row in rows]
     columns = {"labels": labels, "input_ids": rows, "attention_mask": pa.array(masks, pa.list_(pa.int8()))}
+    columns |= {"label": list(range(9)), "token_type_ids": kinds}
     batch = open_corpus(stream(tmp_path / "rows.arrow", columns), max_length=5).read(2, 9)
-    assert list(batch) == ["input_ids", "attention_mask", "labels"]
-    for key, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+    assert list(batch) == ["input_ids", "attention_mask", "token_type_ids", "labels"]
+    for key, filler in (("input_ids", 0), ("attention_mask", 0), ("token_type_ids", 0), ("labels", -100)):
         cut = [list(row)[:5] for row in columns[key].to_pylist()[2:]] if key == "attention_mask" else [
             row[:5] for row in columns[key][2:]
         ]  # fmt: skip

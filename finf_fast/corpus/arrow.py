@@ -41,7 +41,8 @@ class ArrowCorpus(Corpus):
 
     Args:
         path: the stream.
-        columns: names; default those of ``input_ids``, ``attention_mask`` and ``labels`` that are there.
+        columns: names; default those of ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels`` that are
+            there.
         max_length: of lists, how many items are read, from their start; None for all.
         transform: callable on each batch.
 

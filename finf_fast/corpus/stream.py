@@ -22,7 +22,7 @@ STREAM = b"\xff\xff\xff\xff"  # before the length of a head, since Arrow 0.15
 END = STREAM + bytes(4)
 LONGEST_HEAD = 64 << 20  # bytes; a head has a few hundred, and a length that lies would be read into memory
 POSITIONS = "position_ids"
-USUAL = ("input_ids", "attention_mask", "labels")  # what a causal language model is trained on
+USUAL = ("input_ids", "attention_mask", "token_type_ids", "labels")  # what tokenizers and collators write
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,17 @@ def split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
     raise TypeError(f"batch: wanted a tensor, a tuple or a dict of tensors, got {type(batch).__name__}")
 
 
+def target_of(batch: Any, loss: str) -> Tensor:
+    """What a batch is judged by; ValueError where a loss of this name finds nothing."""
+    target = split(batch)[2]
+    if target is None:
+        wanted = f"wants a target, (x, y) or a dict with one of {list(LABEL_KEYS)}"
+        columns = f"a dict of {list(batch)} (columns= names what is read of a dataset)"
+        got = columns if isinstance(batch, Mapping) else "inputs alone"
+        raise ValueError(f"corpus: {loss} {wanted}, got {got}")
+    return target
+
+
 def prediction(out: Any) -> Tensor:
     """The prediction in what a model returned: a tensor, ``.logits``, ``["logits"]`` or the first of a tuple."""
     if isinstance(out, Tensor):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finf_fast import ops
-from finf_fast.loss.base import Draw, Head, Loss, Result, check_range, prediction, split
+from finf_fast.loss.base import Draw, Head, Loss, Result, check_range, prediction, split, target_of
 from finf_fast.runs import picked, runs
 
 TOKEN_KEYS = ("input_ids", "decoder_input_ids")
@@ -59,9 +59,7 @@ class CrossEntropy(Loss):
 
     def target(self, batch: Any) -> Tensor:
         """(B, ...) int64 target of every row, ``ignore_index`` where it does not count."""
-        target = split(batch)[2]
-        if target is None:
-            raise ValueError(f"corpus: {self.name} wants a target, (x, y) or a dict with 'labels', got none")
+        target = target_of(batch, self.name)
         if target.is_floating_point() or target.dtype == torch.bool:
             raise TypeError(f"target: wanted class indices (integers), got {target.dtype}")
         return target

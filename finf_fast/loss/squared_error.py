@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from finf_fast import ops
-from finf_fast.loss.base import Draw, Loss, Result, prediction, split
+from finf_fast.loss.base import Draw, Loss, Result, prediction, split, target_of
 
 
 class SquaredError(Loss):
@@ -53,9 +53,7 @@ class SquaredError(Loss):
         return 2.0 / max(1, value[0].numel()) if self.reduction == "mean" else 2.0
 
     def _target(self, p: Tensor, batch: Any) -> Tensor:
-        y = split(batch)[2]
-        if y is None:
-            raise ValueError("corpus: squared_error wants a target, (x, y) or a dict with 'labels', got none")
+        y = target_of(batch, self.name)
         if [n for n in y.shape[1:] if n != 1] != [n for n in p.shape[1:] if n != 1] or y.shape[0] != p.shape[0]:
             raise ValueError(f"target: wanted the prediction's shape {tuple(p.shape)}, got {tuple(y.shape)}")
         return y.to(p.dtype).reshape(p.shape)
