@@ -64,6 +64,15 @@ def test_lists_of_tokens_are_padded_on_the_right():
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_empty_texts_alone_are_padded_too(mask):
+    """A model makes no logits of rows of no tokens."""
+    sample = {"input_ids": [], "labels": []} | ({"attention_mask": []} if mask else {})
+    batch = open_corpus([sample] * 3).read(0, 3)
+    assert batch["input_ids"].tolist() == [[0]] * 3 and batch["labels"].tolist() == [[-100]] * 3
+    assert batch["attention_mask"].tolist() == [[0]] * 3
+
+
 def test_an_empty_text_at_the_front_stays_an_integer():
     batch = open_corpus([{"input_ids": []}, {"input_ids": [4]}]).read(0, 2)
     assert batch["input_ids"].dtype == torch.int64 and batch["input_ids"].tolist() == [[0], [4]]

@@ -233,6 +233,104 @@ def test_a_large_corpus_is_known_by_every_file(tmp_path, monkeypatch):
     assert len(set(found)) == 4
 
 
+@pytest.mark.parametrize("size", [8, 5000])
+def test_no_shard_of_the_same_size_and_time_takes_another_s_place(tmp_path, monkeypatch, size):
+    """As an archive leaves them; here none is looked into but the first and the last."""
+    monkeypatch.setattr(joined, "WHOLE", 100)
+    monkeypatch.setattr(joined, "LOOKED_INTO", 2)
+    for k in range(5):
+        os.utime(write(tmp_path / f"{k}.bin", np.full(size, k, "<u2").tobytes()), (1, 1))
+    found = [open_corpus(tmp_path, window=4).fingerprint]
+    (tmp_path / "2.bin").rename(tmp_path / "held")
+    (tmp_path / "3.bin").rename(tmp_path / "2.bin")
+    (tmp_path / "held").rename(tmp_path / "3.bin")
+    found.append(open_corpus(tmp_path, window=4).fingerprint)
+    (tmp_path / "1.bin").write_bytes(np.full(size, 9, "<u2").tobytes())
+    os.utime(tmp_path / "1.bin", (1, 1))
+    found.append(open_corpus(tmp_path, window=4).fingerprint)
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+@pytest.mark.parametrize("whole", [1 << 20, 10])
+def test_labels_count_through_all_files(tmp_path, monkeypatch, place, whole):
+    monkeypatch.setattr(joined, "WHOLE", whole)
+    counts, y = (3, 1, 4), DRAW.integers(0, 9, 8)
+    x = [DRAW.normal(size=(count, 2)).astype(np.float32) for count in counts]
+    for k, rows in enumerate(x):
+        np.save(tmp_path / f"x{k}.npy", rows)
+
+    def opened(labels):
+        if place == "file":
+            path = tmp_path / f"labels-{labels.sum()}.npy"
+            np.save(path, labels)
+            os.utime(path, (1, 1))
+            labels = path
+        return open_corpus(str(tmp_path / "x*.npy"), labels=labels)
+
+    corpus = opened(y)
+    features, labels = corpus.read(0, 8)
+    assert torch.equal(features, torch.from_numpy(np.concatenate(x))) and labels.tolist() == y.tolist()
+    assert corpus.take([7, 0, 3])[1].tolist() == y[[7, 0, 3]].tolist() and corpus[5][1] == y[5]
+    other = opened(y + 1)
+    assert other.fingerprint != corpus.fingerprint
+    for wrong in (y[:3], np.concatenate([y, y])):
+        with pytest.raises(
+            ValueError, match=f"labels: wanted 8 labels, one a row of 3 files together, got {len(wrong)}"
+        ):
+            opened(wrong)
+
+
+def test_labels_beside_files_that_take_none(tmp_path):
+    token_files(tmp_path, ["a.bin", "b.bin"])
+    with pytest.raises(ValueError, match="labels: wanted None, for the format 'tokens' takes"):
+        open_corpus(tmp_path, window=4, labels=np.zeros(4, np.int64))
+    for name in "xy":
+        np.save(tmp_path / f"{name}.npy", np.zeros((3, 2), np.float32))
+    with pytest.raises(TypeError, match="labels: wanted a path or an array of integers, got list"):
+        open_corpus(tmp_path / "*.npy", labels=[0] * 6)
+
+
+@pytest.mark.parametrize("gone", [".npy", ".csv.gz", ".ds", ".ds.index"])
+def test_half_of_a_pair_is_not_passed_over(tmp_path, gone):
+    for k in range(3):
+        if ".ds" in gone:
+            folder = tmp_path / "aside"
+            folder.mkdir(exist_ok=True)
+            for file in (path := datatrove(folder, sequences(lengths=[2, 1]))), path.with_name(path.name + ".index"):
+                file.rename(tmp_path / file.name.replace("text", str(k)))
+            folder.rmdir()
+        else:
+            write(tmp_path / f"{k}.npy", np.arange(8, dtype="<u2").tobytes())
+            write(tmp_path / f"{k}.csv.gz", b"0,3,a,b,0\n3,8,c,d,1\n")
+    assert len(open_corpus(tmp_path)) == 6
+    (tmp_path / f"1{gone}").unlink()
+    with pytest.raises(FileNotFoundError, match=f"1{gone}"):
+        open_corpus(tmp_path)
+
+
+def test_a_folder_s_link_that_leads_nowhere_and_its_pipe_are_not_passed_over(tmp_path):
+    token_files(tmp_path, ["a.bin", "c.bin"])
+    (tmp_path / "b.bin").symlink_to(tmp_path / "gone.bin")
+    with pytest.raises(FileNotFoundError, match=r"b\.bin"):
+        open_corpus(tmp_path, window=4)
+    (tmp_path / "b.bin").unlink()
+    os.mkfifo(tmp_path / "b.bin")
+    with pytest.raises((OSError, ValueError), match=r"b\.bin"):
+        open_corpus(tmp_path, window=4)
+
+
+def test_a_pipe_that_takes_a_file_s_name(tmp_path):
+    """After more files were open than may be at a time: opening it again must not wait for someone to write."""
+    token_files(tmp_path, [f"{k:03}.bin" for k in range(140)])
+    corpus = open_corpus(tmp_path, window=4)
+    corpus.read(0, len(corpus))
+    (tmp_path / "000.bin").unlink()
+    os.mkfifo(tmp_path / "000.bin")
+    with pytest.raises(DamagedFile, match=r"000\.bin: was replaced by another file|000\.bin: .* while it was read"):
+        corpus.read(0, 1)
+
+
 def test_more_files_than_may_be_open(tmp_path):
     """Read to and fro, with the process's limit far below the number of files."""
     token_files(tmp_path, [f"{k:03}.bin" for k in range(400)])
@@ -250,10 +348,11 @@ def test_more_files_than_may_be_open(tmp_path):
         subprocess.run([sys.executable, "-c", code, str(tmp_path), io], check=True)
 
 
-def test_a_folder_s_held_out_files_are_left_away(tmp_path):
+def test_a_folder_s_held_out_files_are_left_away(tmp_path, caplog):
     token_files(tmp_path, ["fineweb_train_000002.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"])
     names = [os.path.basename(path) for path in open_corpus(tmp_path, window=2).describe()["paths"]]
     assert names == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert "left away as held out, by name: 1 of 3 files: fineweb_val_000000.bin" in caplog.text
     assert len(open_corpus(str(tmp_path / "*.bin"), window=2)) == 12  # a pattern means what it says
     other = tmp_path / "other"
     other.mkdir()

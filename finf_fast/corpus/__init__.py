@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from glob import escape, glob
 from typing import Any
 
-from finf_fast.corpus.arrays import ArrayCorpus
+import numpy as np
+
+from finf_fast.corpus.arrays import ArrayCorpus, require_label_array
 from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.cifar import CifarCorpus, cifar_files
 from finf_fast.corpus.dataset import DatasetCorpus
 from finf_fast.corpus.datatrove import DatatroveCorpus
 from finf_fast.corpus.draw import evenly
+from finf_fast.corpus.files import MappedArray
 from finf_fast.corpus.idx import IdxCorpus
 from finf_fast.corpus.joined import JoinedCorpus
 from finf_fast.corpus.megatron import MegatronCorpus
@@ -97,7 +100,8 @@ def open_corpus(
             files without a single window add no sample, which is logged, and in the description.
             A corpus that is open already is handed back.
         format: one of these names, where the source alone does not tell.
-        labels: (S,) integers: a path to ``.npy`` or IDX, or an array; delivered as int64.
+        labels: (S,) integers: a path to ``.npy`` or IDX, or an array; delivered as int64. Of several files they count
+            through all.
         window, stride, dtype, header: of token files; see :class:`TokenCorpus`.
         sample, max_length: of documents; see :class:`MegatronCorpus` and :class:`DocumentCorpus`.
         columns: of a dataset, by name; see :class:`ArrowCorpus`.
@@ -141,15 +145,34 @@ def open_corpus(
 def _opened(source: Any, format: str | None, given: dict[str, Any], transform: Any) -> Corpus:
     paths = _files(source, format, given)
     if paths is not None:
-        parts, short = _parts(paths, format, given)
-        return JoinedCorpus(parts, transform, short)
+        parts, short = _parts(paths, format, {name: value for name, value in given.items() if name != "labels"})
+        return JoinedCorpus(_labelled(parts, given), transform, short)
     name = format or recognise(source, given)
     source, given = _labels_apart(source, name, given)
     for option in given:
-        if option not in OPTIONS[name]:
-            takes = f"the format {name!r} takes {sorted(OPTIONS[name]) or 'no options'}"
-            raise ValueError(f"{option}: wanted None, for {takes}, got {reprlib.repr(given[option])}")
+        _require_taken(option, given, name)
     return FORMATS[name](source, **given, transform=transform)
+
+
+def _require_taken(option: str, given: dict[str, Any], format: str) -> None:
+    if option not in OPTIONS[format]:
+        takes = f"the format {format!r} takes {sorted(OPTIONS[format]) or 'no options'}"
+        raise ValueError(f"{option}: wanted None, for {takes}, got {reprlib.repr(given[option])}")
+
+
+def _labelled(parts: list[Corpus], given: dict[str, Any]) -> list[Corpus]:
+    """Files that are one corpus together, each with its share of labels that count through all of them."""
+    if "labels" not in given:
+        return parts
+    for part in parts:
+        _require_taken("labels", given, part.format)
+    labels, starts = map_labels(given["labels"], given.get("cache")), np.cumsum([0, *map(len, parts)])
+    if not isinstance(labels, MappedArray):
+        require_label_array(labels)
+    if labels.shape[0] != starts[-1]:
+        wanted = f"{starts[-1]} labels, one a row of {len(parts)} files together"
+        raise ValueError(f"labels: wanted {wanted}, got {labels.shape[0]}")
+    return [part.labelled(labels[a:b]) for part, a, b in zip(parts, starts, starts[1:], strict=False)]
 
 
 def _parts(paths: list[str], format: str | None, given: dict[str, Any]) -> tuple[list[Corpus], list[tuple[str, int]]]:

@@ -65,7 +65,7 @@ def _collate_dicts(samples: Sequence[Mapping], mask: bool) -> dict[str, torch.Te
     columns = {key: [_row(key, sample[key]) for sample in samples] for key in keys}
     batch = {key: _join(key, rows) for key, rows in columns.items()}
     ids = columns.get("input_ids")
-    if unmasked_length(samples[0]) is not None and (mask or len({len(row) for row in ids}) > 1):
+    if unmasked_length(samples[0]) is not None and (mask or {len(row) for row in ids} != {batch["input_ids"].shape[1]}):
         _require_one_text(columns.get("position_ids", ()))
         batch["attention_mask"] = _pad([torch.ones(len(row), dtype=torch.int64) for row in ids], 0)
     return batch
@@ -93,7 +93,7 @@ def _row(key: str, value: Any) -> torch.Tensor:
 
 def _join(key: str, rows: list[torch.Tensor]) -> torch.Tensor:
     shapes = {tuple(row.shape) for row in rows}
-    if len(shapes) == 1:
+    if len(shapes) == 1 and shapes != {(0,)}:
         return torch.stack(rows)
     if any(row.ndim != 1 for row in rows):
         raise ValueError(f"source[…][{key!r}]: wanted one shape, or one dimension to pad, got {sorted(shapes)}")
@@ -101,7 +101,9 @@ def _join(key: str, rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _pad(rows: list[torch.Tensor], filler: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+    """(B, L), L the longest row, 1 at least: of empty texts alone models make no logits."""
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+    return batch if batch.shape[1] else F.pad(batch, (0, 1), value=filler)
 
 
 def _rows_joined(parts: list[torch.Tensor], filler: int) -> torch.Tensor:

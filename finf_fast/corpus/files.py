@@ -137,6 +137,11 @@ class MappedFile:
         reason = "it shrank or the disk failed" if error == errno.EFAULT else os.strerror(error)
         raise DamagedFile(f"{self.name}, byte {start}: {stop - start} bytes cannot be read: {reason}")
 
+    def middle(self, count: int) -> bytes:
+        """So many bytes around the middle, fewer where the file has not as many."""
+        start = max(0, (self.size - count) // 2)
+        return self._bytes(start, min(start + count, self.size))
+
     def digest(self, hasher: Any, whole: int = WHOLE) -> None:
         """Feed size and content to a hashlib object; of a file too large to hash whole, the time of change as well."""
         hasher.update(f"file {self.size}".encode())
@@ -222,6 +227,11 @@ class MappedArray:
     dtype: np.dtype
     shape: tuple[int, ...]
 
+    def __getitem__(self, rows: slice) -> MappedArray:
+        """Rows that follow each other, as an array of their own."""
+        first, last, _ = rows.indices(self.shape[0])
+        return MappedArray(self.file, self.byte(first), self.dtype, (last - first, *self.shape[1:]))
+
     @property
     def items(self) -> int:
         return math.prod(self.shape)
@@ -265,7 +275,8 @@ class Opened:
 
     def __init__(self, path: str):
         self.reader: Any = None
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        # Without waiting: a pipe that took the file's name is told from it once it is open.
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
 
     def read_as(self, path: bytes, size: int, numbered: bool, reached: int) -> None:
         """Have the compiled reader, which then closes the descriptor."""

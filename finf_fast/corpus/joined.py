@@ -19,14 +19,17 @@ from finf_fast.runs import gathered
 __all__ = ["JoinedCorpus"]
 
 SHOWN = 20  # paths named in a description; a corpus may have a hundred thousand
-LOOKED_INTO = 64  # files of a large corpus whose content is in the fingerprint, 4 MiB of each: a third of a second
+LOOKED_INTO = 64  # files of a large corpus of which the fingerprint has 4 MiB of content each: a third of a second
+# Files of which it has a piece, so that shards of one size and time, as an archive leaves them, are told apart.
+GLANCED_AT, GLANCE = 10_000, 4 << 10
 
 
 class JoinedCorpus(Corpus):
     """Corpora one after another. Files are opened, and their headers checked, before any work.
 
     At most 128 files are open at a time, in whatever order they are read. The fingerprint of what is 64 MiB or less
-    covers every byte; beyond that it is made of every file's size and time of change, and of 64 files' content.
+    covers every byte; beyond that it is made of every file's size and time of change, a piece of each (of 10,000 at
+    most), and more of the content of 64.
 
     Args:
         parts: of one format, in the order of their samples.
@@ -121,13 +124,18 @@ class JoinedCorpus(Corpus):
             return
         for part in self._parts:
             hasher.update(json.dumps(part._identity(), sort_keys=True).encode())
+        for held in (held for part in self._parts for held in part._memory()):
+            hasher.update(held.fingerprint.encode())
         for file in files:
             hasher.update(f"file {file.size} changed {file.changed_ns}".encode())
-        for k in sorted({k * (len(files) - 1) // (LOOKED_INTO - 1) for k in range(LOOKED_INTO)}):
+        for k in _evenly(len(files), LOOKED_INTO):
             files[k].digest(hasher, whole=SAMPLED)
+        for k in _evenly(len(files), GLANCED_AT):
+            hasher.update(files[k].middle(GLANCE))
 
     def _files(self) -> list[MappedFile]:
-        return [file for part in self._parts for file in part._files()]
+        """Of every part, each once: of labels that count through all parts, each has the one file."""
+        return list(dict.fromkeys(file for part in self._parts for file in part._files()))
 
     def _settings(self) -> dict[str, Any]:
         each = [part._settings() for part in self._parts]
@@ -156,6 +164,11 @@ class JoinedCorpus(Corpus):
     def _place(self, index: int) -> str:
         ((part, own, _),) = self._pieces(index, index + 1)
         return part.locate(own)
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """All of so many places, or the most that there may be, the first and the last among them."""
+    return list(range(count)) if count <= most else sorted({k * (count - 1) // (most - 1) for k in range(most)})
 
 
 def _is_joined(part: Corpus) -> bool:

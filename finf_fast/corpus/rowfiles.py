@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,12 @@ class RowFileCorpus(Corpus):
             labels = _checked(labels, features)
         self._features, self._labels, self._pixels = features, labels, pixels
 
+    def labelled(self, labels: MappedArray | np.ndarray | torch.Tensor) -> RowFileCorpus:
+        """The same features with these labels, as ``labels`` above."""
+        corpus = copy.copy(self)
+        corpus._labels = _checked(labels, self._features)
+        return corpus
+
     def _rows(self, start: int, stop: int) -> Any:
         x = self._pixels.rows(self._features, start, stop)
         if isinstance(self._labels, ArrayCorpus):
@@ -59,10 +66,8 @@ class RowFileCorpus(Corpus):
     def _labelled(self, x: torch.Tensor, places: Starts) -> Any:
         return x if self._labels is None else (x, integers(self._labels, places, 1).view(-1))
 
-    def _digest(self, hasher: Any) -> None:
-        super()._digest(hasher)
-        if isinstance(self._labels, ArrayCorpus):
-            hasher.update(self._labels.fingerprint.encode())
+    def _memory(self) -> list[Corpus]:
+        return [self._labels] if isinstance(self._labels, ArrayCorpus) else []
 
     def undecoded(self) -> Undecoded | None:
         """See :meth:`Corpus.undecoded`."""

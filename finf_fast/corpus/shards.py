@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from glob import glob
@@ -9,10 +10,15 @@ from typing import Any
 
 __all__ = ["folder_files", "paths_of"]
 
+log = logging.getLogger("finf_fast")
+
 # What a folder is looked through for, by the ends of names; of formats of two files, the one that is given to open it.
 # `.npy` counts where it holds tokens only: of two arrays in a folder, one is usually the other's labels.
 ENDS = (".idx", ".ds", ".bin", ".npy", ".arrow")
+SHOWN = 5  # names in a message
 HELD_OUT = {"val", "valid", "validation", "test", "dev", "eval"}
+# Of files that two make up, each is nothing without the other.
+PAIRS = ((".csv.gz", ".npy"), (".ds.index", ".ds"))
 # Ends of names that go with another file, and the end of that one's.
 BESIDE = (
     *((".bin", ".idx"), (".csv.gz", ".npy")),
@@ -59,8 +65,9 @@ def _is_empty(path: str) -> bool:
 def folder_files(folder: str | os.PathLike, windowed: bool) -> list[str]:
     """Data files of one kind right in a folder, in the order of their names; none where it holds none.
 
-    What is held out, by its name, is left away beside what is to train on, as of MNIST and CIFAR. Hidden files, such
-    as macOS leaves beside a file it copies (``._train.bin``), are none, as for a pattern.
+    What is held out, by its name, is left away beside what is to train on, as of MNIST and CIFAR, and logged. Hidden
+    files, such as macOS leaves beside a file it copies (``._train.bin``), are none, as for a pattern. A link that leads
+    nowhere, or a pipe, counts by its name, for whoever opens it to refuse.
 
     Args:
         folder: an existing one.
@@ -68,9 +75,10 @@ def folder_files(folder: str | os.PathLike, windowed: bool) -> list[str]:
 
     Raises:
         ValueError: there are several kinds.
+        FileNotFoundError: one of two files that belong together is not there.
     """
     with os.scandir(folder) as entries:
-        names = {entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")}
+        names = {entry.name for entry in entries if not (entry.is_dir() or entry.name.startswith("."))}
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         stem, end = os.path.splitext(name)
@@ -83,8 +91,22 @@ def folder_files(folder: str | os.PathLike, windowed: bool) -> list[str]:
         raise ValueError(
             f"source: wanted a folder with data files of one kind, got {found} in {os.fspath(folder)!r}: give a pattern"
         )
-    names = _trained_on(next(iter(kinds.values()), []))
-    return _filled([os.path.join(os.fspath(folder), name) for name in names])
+    for end in kinds:
+        _require_pairs(folder, names, end, windowed)
+    chosen = _trained_on(next(iter(kinds.values()), []))
+    return _filled([os.path.join(os.fspath(folder), name) for name in chosen])
+
+
+def _require_pairs(folder: str | os.PathLike, names: set[str], kind: str, windowed: bool) -> None:
+    """Neither half of a pair is passed over because the other was lost: its samples would be missing in silence."""
+    for other, main in PAIRS:
+        if main != kind or (kind == ".npy" and windowed):
+            continue
+        stems = [{name.removesuffix(end) for name in names if name.endswith(end)} for end in (other, main)]
+        for stem in sorted(stems[0] ^ stems[1]):
+            ends = (other, main) if stem in stems[0] else (main, other)
+            there, gone = (os.path.join(os.fspath(folder), stem + end) for end in ends)
+            raise FileNotFoundError(f"source: wanted {gone!r} beside {there!r}; a pattern takes some files of a folder")
 
 
 def _trained_on(names: list[str]) -> list[str]:
@@ -92,4 +114,7 @@ def _trained_on(names: list[str]) -> list[str]:
     words = {name: set(re.split(r"[^a-z]+", name.lower())) for name in names}
     if not any("train" in said for said in words.values()):
         return names
-    return [name for name in names if not words[name] & HELD_OUT]
+    trained = [name for name in names if not words[name] & HELD_OUT]
+    if out := sorted(set(names) - set(trained)):
+        log.warning("left away as held out, by name: %d of %d files: %s", len(out), len(names), ", ".join(out[:SHOWN]))
+    return trained
