@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -278,7 +279,10 @@ def _slice(samples: int, shard: tuple[int, int] | None) -> tuple[int, int]:
     """First and one past last sample of the i-th of n slices, equal but for one sample."""
     if shard is None:
         return 0, samples
-    i, n = shard
+    try:
+        i, n = map(operator.index, shard)
+    except (TypeError, ValueError):
+        raise TypeError(f"shard: wanted two whole numbers (i, n), got {shard!r}") from None
     if not (n >= 1 and 0 <= i < n):
         raise ValueError(f"shard: wanted (i, n) with 0 <= i < n, got {shard}")
     start, stop = samples * i // n, samples * (i + 1) // n

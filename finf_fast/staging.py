@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 import threading
 import weakref
 from collections import deque
@@ -56,6 +57,7 @@ def stage(
 
     Raises:
         ValueError: depth below 1; a block number that the plan does not have.
+        RuntimeError: this process was forked from the one that reads; the thread stayed there.
         Exception: whatever reading a block raised, with its own traceback, when that block's turn comes.
     """
     if isinstance(depth, bool) or not isinstance(depth, int):
@@ -68,7 +70,7 @@ def stage(
 def _staged(reader: _Reader) -> Iterator[Block]:
     reader.start()
     try:
-        while (item := reader.ready.get()) is not _END:
+        while (item := reader.next()) is not _END:
             if isinstance(item, BaseException):
                 raise item
             reader.places.leave()
@@ -115,7 +117,7 @@ class _Places:
 
 
 class _Reader(threading.Thread):
-    """The thread that reads; ``ready`` carries blocks, then the end or the exception that ended it."""
+    """The thread that reads, and what it has read: blocks, then the end or the exception that ended it."""
 
     def __init__(
         self,
@@ -127,22 +129,31 @@ class _Reader(threading.Thread):
     ):
         # A daemon, so that a second Ctrl-C, while a read hangs on a dead network disk, still ends the process.
         super().__init__(name="finf-fast-staging", daemon=True)
-        self.ready: SimpleQueue[Any] = SimpleQueue()
+        self._ready: SimpleQueue[Any] = SimpleQueue()
+        self._process = os.getpid()
         self.places = places
         self._work, self._send = (corpus, plan, numbers), send
 
     def start(self) -> None:
+        self._process = os.getpid()
         _running.add(self)
         super().start()
+
+    def next(self) -> Any:
+        """What has been read, when it is there: a block, the end, or the exception that ended it."""
+        if os.getpid() != self._process:
+            raise RuntimeError("staging: a process was forked while it read ahead, and the child has no thread that "
+                               "reads; start the sweep in the child")  # fmt: skip
+        return self._ready.get()
 
     def run(self) -> None:
         try:
             _stay_alone()
             self._read_all(*self._work)
         except BaseException as error:
-            self.ready.put(error)
+            self._ready.put(error)
         else:
-            self.ready.put(_END)
+            self._ready.put(_END)
 
     def _read_all(self, corpus: Any, plan: Plan, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -153,14 +164,19 @@ class _Reader(threading.Thread):
             start, stop = plan.rows(number)
             block = Block(number, start, stop, tuple(map(self._sent, _parts(corpus, plan, start, stop))))
             self.places.enter(sum(byte_size(part.batch) for part in block.parts))
-            self.ready.put(block)
+            self._ready.put(block)
             del block  # the consumer's alone, as soon as it is taken
 
     def _sent(self, part: Part) -> Part:
         return part if self._send is None else replace(part, sent=self._send(part.batch))
 
     def stop(self, patience: float | None = None) -> None:
-        """Wake the thread if it waits for a place, and wait until it is gone, or for so many seconds."""
+        """Wake the thread if it waits for a place, and wait until it is gone, or for so many seconds.
+
+        A forked child has no such thread, and may find its locks held for ever.
+        """
+        if os.getpid() != self._process:
+            return
         self.places.close()
         self.join(patience)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 import finf_fast as ff
 from finf_fast.corpus import open_corpus
-from finf_fast.records import DamagedFile
+from finf_fast.records import BadSample, DamagedFile, ManifestMismatch
 from nets import language_model
 
 WINDOW, SAMPLES, BATCH = 8, 400, 8
@@ -125,6 +126,97 @@ def test_a_file_that_changes_while_it_is_swept(tmp_path, tokens, fault, words, i
     ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), out=tmp_path / "part", **settings)
     for name in ("base.npy", "delta.npy"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def bad_token(folder: Path, wrong: bool) -> tuple[str, dict]:
+    tokens = np.random.default_rng(0).integers(0, 19, 700 * WINDOW).astype("<u2")
+    tokens[600 * WINDOW + 3] = 60_000 if wrong else 5
+    tokens.tofile(folder / "part.bin")
+    return rf"sample 600 \(.*part\.bin, byte {600 * WINDOW * 2}\): .*, got 60000", {"window": WINDOW}
+
+
+def bad_label(folder: Path, wrong: bool) -> tuple[str, dict]:
+    draw = np.random.default_rng(0)
+    np.save(folder / "part.npy", draw.normal(size=(700, 4)).astype(np.float32))
+    labels = draw.integers(0, 3, 700)
+    labels[600] = 99 if wrong else 1
+    np.save(folder / "y.npy", labels)
+    return r"sample 600 \(.*part\.npy, byte 9728\): label wanted in \[0, 3\).*, got 99", {"labels": folder / "y.npy"}
+
+
+def decreasing_ends(folder: Path, wrong: bool) -> tuple[str, dict]:
+    draw = np.random.default_rng(0)
+    ends = np.cumsum(draw.integers(2, 9, 700)).astype("<u8")
+    draw.integers(0, 19, ends[-1]).astype("<u2").tofile(folder / "part.ds")
+    if wrong:
+        ends[600] = ends[500]
+    ends.tofile(folder / "part.ds.index")
+    return rf"part\.ds\.index, byte {600 * 8}: wanted an end from", {}
+
+
+@pytest.mark.parametrize("wrong", [bad_token, bad_label, decreasing_ends])
+def test_what_a_file_says_wrong_in_its_middle(tmp_path, wrong):
+    """What came before it is kept, and has the bits of a sweep of the file as it should be."""
+    words, options = wrong(tmp_path, True)
+    path = next(path for path in tmp_path.glob("part.*") if path.suffix != ".index")
+    if wrong is bad_label:
+        model, query = torch.nn.Linear(4, 3), (torch.ones(1, 4), torch.tensor([1]))
+    else:
+        model, query = language_model()[0], torch.tensor([[1, 2, 3]])
+    settings = {"loss": "cross_entropy" if wrong is bad_label else "causal_lm", "batch_size": 4}
+    update = ff.mirror(model, query, loss=settings["loss"], lr=0.1)
+    with pytest.raises((BadSample, DamagedFile), match=words):
+        ff.sweep(model, [update], open_corpus(path, **options), out=tmp_path / "part", **settings)
+    kept = np.isfinite(ff.Scores.open(tmp_path / "part", partial=True).base)
+    wrong(tmp_path, False)
+    whole = ff.sweep(model, [update], open_corpus(path, **options), out=tmp_path / "whole", **settings)
+    partial = ff.Scores.open(tmp_path / "part", partial=True)
+    assert 500 <= kept.sum() <= 600 and kept[: kept.sum()].all()
+    assert np.array_equal(partial.base[kept], whole.base[kept])
+    assert np.array_equal(partial.delta[:, kept], whole.delta[:, kept])
+    with pytest.raises(ManifestMismatch, match="corpus"):
+        ff.sweep(model, [update], open_corpus(path, **options), out=tmp_path / "part", **settings)
+
+
+def test_a_result_that_is_cut_is_not_made_whole_again(tmp_path, tokens):
+    """Rows written past the end of a file give it its size back, with zeros where others had been."""
+    model, _ = language_model()
+    update = ff.mirror(model, torch.tensor([[1, 2, 3]]), loss="causal_lm", lr=0.1)
+    settings, delta = {"loss": "causal_lm", "batch_size": BATCH}, tmp_path / "part" / "delta.npy"
+
+    def strike(done, total):
+        if done > SAMPLES // 2:
+            os.truncate(delta, 1000)
+
+    with pytest.raises(DamagedFile, match=r"delta\.npy: wanted \d+ bytes, got 1000"):
+        ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), out=delta.parent, progress=strike, **settings)
+    with pytest.raises(DamagedFile, match=r"delta\.npy: wanted \d+ bytes, got 1000"):
+        ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), out=delta.parent, **settings)
+
+
+def test_a_child_forked_in_a_sweep_is_told(tmp_path, tokens):
+    """It has no thread that reads for it; that waits for ever, or a result written by two, would be worse."""
+    model, _ = language_model()
+    update = ff.mirror(model, torch.tensor([[1, 2, 3]]), loss="causal_lm", lr=0.1)
+    settings, parent, child = {"loss": "causal_lm", "batch_size": BATCH}, os.getpid(), []
+    whole = ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), **settings)
+
+    def fork(done, total):
+        if done > SAMPLES // 2 and not child:
+            child.append(os.fork())
+            if not child[0]:
+                signal.alarm(60)
+
+    try:
+        corpus = open_corpus(tokens, window=WINDOW)
+        scores = ff.sweep(model, [update], corpus, out=tmp_path / "out", progress=fork, **settings)
+    except RuntimeError as error:
+        os._exit(0 if os.getpid() != parent and "staging: a process was forked" in str(error) else 1)
+    finally:
+        if os.getpid() != parent:
+            os._exit(2)
+    assert os.waitpid(child[0], 0)[1] == 0
+    assert np.array_equal(scores.delta, whole.delta) and scores.complete
 
 
 @pytest.mark.parametrize("io", ["read", "map"])

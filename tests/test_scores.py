@@ -104,6 +104,18 @@ def test_arrays_are_read_only_maps_of_plain_npy_files(done):
     assert np.array_equal(np.load(done / "delta.npy", mmap_mode="r"), delta[START:STOP])
 
 
+def test_a_finished_folder_that_is_cut_is_refused_not_looked_at(tmp_path, done):
+    """A look at a mapping beyond the end of its file would end the process."""
+    scores = Scores.open(tmp_path / "result")
+    (tmp_path / "result" / "delta.npy").write_bytes(b"")
+    for look in (lambda: scores.delta, lambda: scores.top(0, 1), lambda: scores.normalized("absolute")):
+        with pytest.raises(DamagedFile, match=r"delta\.npy: wanted \d+ bytes, got 0"):
+            look()
+    (tmp_path / "result" / "base.npy").unlink()
+    with pytest.raises(DamagedFile, match=r"base\.npy: wanted \d+ bytes, got no file"):
+        scores.base  # noqa: B018 (looking at it is the test)
+
+
 def test_opening_reads_no_array(tmp_path):
     plan = Plan(0, 1 << 20, 1 << 16)
     with open_store(tmp_path / "big", {}, plan, 2, np.float64) as writer:

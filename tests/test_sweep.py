@@ -127,6 +127,19 @@ def test_shards_join_to_the_whole(tmp_path):
     assert joined.indices.tolist() == list(range(50))
 
 
+@pytest.mark.parametrize("shard", [(0,), 5, "01", (0.5, 2), ("0", "1"), (0, 2, 3)])
+def test_shards_are_two_whole_numbers(shard):
+    model, data = mlp(50)
+    with pytest.raises(TypeError, match=r"shard: wanted two whole numbers \(i, n\), got"):
+        ff.sweep(model, ups(model, data), data, shard=shard)
+
+
+def test_shards_by_numpy_s_numbers():
+    model, data = mlp(50)
+    scores = ff.sweep(model, ups(model, data), data, shard=(np.int32(1), np.int64(3)))
+    assert scores.indices.tolist() == list(range(16, 33))
+
+
 @pytest.mark.parametrize("shard", [(3, 3), (-1, 2), (0, 0), (0, 51)])
 def test_shards_that_make_no_sense(shard):
     model, data = mlp(50)

@@ -2,7 +2,8 @@
 
 Every reading is checked twice. Before it, that the file is as long as it has to be; its bytes then come by calls that
 can fail politely. After it, that the file is still the one that was opened: what was read from one that shrank, grew,
-was written to, deleted or replaced meanwhile belongs to no corpus, and is not handed out.
+was written to, deleted or replaced meanwhile belongs to no corpus, and is not handed out. What cannot be seen is a write
+through somebody's shared mapping, which leaves a file's times as they are while the system has not written it back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import resource
 import stat
 import threading
 import weakref
@@ -29,8 +31,8 @@ from finf_fast.records import DamagedFile
 
 __all__ = ["MappedArray", "MappedFile"]
 
-# Files held open at a time, of the 100,000 that a corpus may have: a process may open 1024, and on some file systems
-# 590 maps are the limit.
+# Files held open at a time, of the 100,000 that a corpus may have: a process may open 1024 as a rule, of which a
+# quarter, and on some file systems 590 maps are the limit.
 MOST_OPEN = 128
 Decoded = TypeVar("Decoded")
 
@@ -304,15 +306,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def _held_open(file: MappedFile) -> None:
-    """Enter a file as open, and let go of the one opened longest ago where there are too many."""
+    """Enter a file as open, and let go of those opened longest ago where there are too many."""
     with _open_files_lock:
         _open_files[id(file)] = weakref.ref(file)
         _open_files.move_to_end(id(file))
-        if len(_open_files) <= MOST_OPEN:
-            return
-        oldest = _open_files.popitem(last=False)[1]()
-    if oldest is not None:
-        oldest._opened = None  # whoever reads from it at this moment holds it until then
+        surplus = max(0, len(_open_files) - min(MOST_OPEN, _allowed() // 4))
+        oldest = [_open_files.popitem(last=False)[1]() for _ in range(surplus)]
+    for each in oldest:
+        if each is not None:
+            each._opened = None  # whoever reads from it at this moment holds it until then
+
+
+def _allowed() -> int:
+    """Descriptors that this process may have by now, which it may change."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if soft >= 4 else 1024  # -1 is no limit
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -102,8 +102,12 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
     return offset
 
 
-def check_size(path: Path, wanted: int) -> None:
-    size = path.stat().st_size
+def check_size(path: Path, wanted: int, opened: int | None = None) -> None:
+    """Raises ``DamagedFile`` where the file, by its name or as it was opened, has another size."""
+    try:
+        size = (path.stat() if opened is None else os.fstat(opened)).st_size
+    except FileNotFoundError:
+        raise DamagedFile(f"{path}: wanted {wanted} bytes, got no file any more") from None
     if size != wanted:
         raise DamagedFile(f"{path}: wanted {wanted} bytes, got {size}")
 
@@ -118,6 +122,7 @@ class RowFile:
         self.path = path
         self.offset = offset
         self.row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self.size = offset + shape[0] * self.row_bytes
         self.fd = os.open(path, os.O_RDWR)
 
     @classmethod
@@ -137,6 +142,7 @@ class RowFile:
         return cls(path, shape, dtype, check_npy(path, shape, dtype))
 
     def write(self, row: int, data: np.ndarray) -> None:
+        check_size(self.path, self.size, self.fd)  # written past its end, a file that was cut would be whole again
         view = memoryview(np.ascontiguousarray(data)).cast("B")
         with naming(self.path, f"cannot write row {row} and on"):
             write_at(self.fd, view, self.offset + row * self.row_bytes)

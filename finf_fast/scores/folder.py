@@ -146,6 +146,37 @@ class Folder:
             path.unlink(missing_ok=True)
 
 
+class Mapped(dict[str, np.ndarray]):
+    """Arrays of a folder by name, not read; rows of blocks that are not done are NaN.
+
+    Looked up while their files are as long as they should be, DamagedFile otherwise: whoever looks at a mapping beyond
+    the end of its file is killed.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], done: np.ndarray):
+        paths = {name: array_path(folder, name) for name in manifests.arrays_of(manifest)}
+        self._sizes = {name: (path, path.stat().st_size) for name, path in paths.items()}
+        super().__init__({name: _mapped(path, done, manifest) for name, path in paths.items()})
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        check_size(*self._sizes[name])
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401 (this is what `get` is made of)
+
+
+def _mapped(path: Path, done: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
+    if done.all():
+        return np.asarray(np.load(path, mmap_mode="r"))
+    array = np.asarray(np.load(path, mmap_mode="c"))  # copy on write: only pages that get a NaN cost memory
+    plan = manifests.plan_of(manifest)
+    for number in np.flatnonzero(done == 0).tolist():
+        start, stop = plan.rows(number)
+        array[start - plan.start : stop - plan.start] = math.nan
+    return array
+
+
 def array_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.npy"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from finf_fast.records import TopK
 from finf_fast.scores import averaging, comparing, files, frames, joining
 from finf_fast.scores import manifest as manifests
-from finf_fast.scores.folder import Folder, Memory, array_path, check_folder, claim
+from finf_fast.scores.folder import Folder, Mapped, Memory, check_folder, claim
 from finf_fast.topk import RunningTop, check_k
 
 if TYPE_CHECKING:
@@ -71,8 +70,7 @@ class Scores:
                 f"path: wanted a finished result folder (or partial=True), got {path} with "
                 f"{int(done.sum())} of {len(done)} blocks done"
             )
-        arrays = {name: mapped(array_path(path, name), done, manifest) for name in manifests.arrays_of(manifest)}
-        return cls(manifest, arrays, done, path)
+        return cls(manifest, Mapped(path, manifest, done), done, path)
 
     @staticmethod
     def merge(parts: Sequence[Scores | str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Scores:
@@ -366,18 +364,6 @@ class Scores:
         if not self.complete:
             raise ValueError(f"{action}: wanted finished scores, got {self!r}")
         return self._arrays
-
-
-def mapped(path: Path, done: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
-    """The array at ``path`` without reading it; rows of blocks that are not done are NaN."""
-    if done.all():
-        return np.asarray(np.load(path, mmap_mode="r"))
-    array = np.asarray(np.load(path, mmap_mode="c"))  # copy on write: only pages that get a NaN cost memory
-    plan = manifests.plan_of(manifest)
-    for number in np.flatnonzero(done == 0).tolist():
-        start, stop = plan.rows(number)
-        array[start - plan.start : stop - plan.start] = math.nan
-    return array
 
 
 def write_all(

@@ -123,6 +123,7 @@ class Store:
         self._pending: set[int] = set()
         self._next_sync = time.monotonic() + SYNC_EVERY
         self._wrote = self._closed = False
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -223,10 +224,14 @@ class Store:
         return Scores.of(self._target)
 
     def close(self) -> None:
-        """Keeps what was written and lets go of the folder. Harmless when repeated."""
+        """Keeps what was written and lets go of the folder. Harmless when repeated.
+
+        What a forked child was given with the store is the parent's to keep.
+        """
         self._closed = True
         try:
-            self._flush()
+            if os.getpid() == self._process:
+                self._flush()
         finally:
             self._target.close()
 
@@ -260,6 +265,8 @@ class Store:
     def _check_missing(self, number: int) -> None:
         if self._closed:
             raise ValueError("store: wanted an open one, got one that is closed")
+        if os.getpid() != self._process:
+            raise RuntimeError("store: opened by the process that this one was forked from, which alone writes to it")
         if not 0 <= number < self._plan.blocks:
             raise ValueError(f"number: wanted a block from 0 to {self._plan.blocks - 1}, got {number}")
         if self._target.done[number] or number in self._pending:
