@@ -3,7 +3,7 @@
 Every reading is checked twice. Before it, that the file is as long as it has to be; its bytes then come by calls that
 can fail politely. After it, that the file is still the one that was opened: what was read from one that shrank, grew,
 was written to, deleted or replaced meanwhile belongs to no corpus, and is not handed out. What cannot be seen is a write
-through somebody's shared mapping, which leaves a file's times as they are while the system has not written it back.
+through a shared mapping, which leaves a file's times as they are while the system has not written it back.
 """
 
 from __future__ import annotations
