@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from finf_fast.corpus import Corpus, open_corpus
 from finf_fast.corpus.digest import WHOLE
+from finf_fast.corpus.mappings import MappedRows
+from finf_fast.records import DamagedFile
 
 
 @pytest.fixture
@@ -29,6 +32,39 @@ def test_a_tuple_of_tensors_is_read_as_views(pair):
 def test_numpy_arrays_share_their_memory_too():
     x = np.random.default_rng(0).random((6, 2), np.float32)
     assert open_corpus(x).read(1, 3).data_ptr() == x[1:].ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f4", "f2", "u1", "<u2", ">i4", "i8", "?"])
+def test_an_array_that_is_mapped_for_reading_is_read_from_its_file(tmp_path, dtype):
+    x = np.random.default_rng(0).integers(0, 2 if dtype == "?" else 99, (40, 3, 2)).astype(dtype)
+    np.save(tmp_path / "x.npy", x)
+    mapped, wanted = np.load(tmp_path / "x.npy", mmap_mode="r"), open_corpus(x)
+    corpus = open_corpus(mapped)
+    assert isinstance(corpus._arrays["source"], MappedRows)
+    assert torch.equal(corpus.read(0, 40), wanted.read(0, 40)) and corpus.read(0, 1).dtype == wanted.read(0, 1).dtype
+    assert torch.equal(corpus.take([39, 0, 7]), wanted.take([39, 0, 7])) and torch.equal(corpus[5], wanted[5])
+    part = open_corpus(mapped[7:21])
+    assert isinstance(part._arrays["source"], MappedRows) and torch.equal(part.read(0, 14), wanted.read(7, 21))
+    assert corpus.fingerprint == wanted.fingerprint or dtype.startswith(">")
+    with pytest.raises(DamagedFile, match=r"x\.npy: (shrank|was written)"):
+        os.truncate(tmp_path / "x.npy", 200)
+        corpus.read(0, 40)
+
+
+def test_other_mappings_stay_their_owner_s(tmp_path):
+    x = np.random.default_rng(0).random((40, 6), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    for mode in ("r+", "c"):  # whoever writes there sees it in the corpus
+        mapped = np.load(tmp_path / "x.npy", mmap_mode=mode)
+        corpus = open_corpus(mapped)
+        mapped[3] = 5.0
+        assert torch.equal(corpus[3], torch.full((6,), 5.0))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for view in (mapped[::2], mapped[:, 1:], mapped.T, mapped + 1):
+        assert torch.equal(open_corpus(view).read(0, len(view)), torch.from_numpy(np.array(view)))
+    np.save(tmp_path / "new.npy", x[::-1])
+    os.replace(tmp_path / "new.npy", tmp_path / "x.npy")  # the name leads to another file
+    assert torch.equal(open_corpus(mapped).read(0, 40), torch.from_numpy(np.array(mapped)))
 
 
 def test_structures_come_back_as_they_were_given(pair):

@@ -194,6 +194,23 @@ def test_a_result_that_is_cut_is_not_made_whole_again(tmp_path, tokens):
         ff.sweep(model, [update], open_corpus(tokens, window=WINDOW), out=delta.parent, **settings)
 
 
+def test_features_mapped_by_the_caller_that_shrink(tmp_path):
+    """The process that looks at them is not killed."""
+    x, y = np.random.default_rng(0).normal(size=(900, 600)).astype(np.float32), np.zeros(900, np.int64)
+    np.save(tmp_path / "x.npy", x)
+    model = torch.nn.Linear(600, 3)
+    update = ff.mirror(model, (torch.ones(1, 600), torch.tensor([1])))
+    data = np.load(tmp_path / "x.npy", mmap_mode="r"), y
+
+    def strike(done, total):
+        if done > 400:
+            os.truncate(tmp_path / "x.npy", 4096)
+
+    with pytest.raises(DamagedFile, match=r"x\.npy: (shrank|was written)"):
+        ff.sweep(model, [update], data, out=tmp_path / "part", progress=strike, batch_size=4)
+    assert 400 < np.isfinite(ff.Scores.open(tmp_path / "part", partial=True).base).sum() < 900
+
+
 def test_a_child_forked_in_a_sweep_is_told(tmp_path, tokens):
     """It has no thread that reads for it; that waits for ever, or a result written by two, would be worse."""
     model, _ = language_model()

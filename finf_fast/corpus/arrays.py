@@ -1,4 +1,5 @@
-"""Corpus of arrays that are in memory already, or mapped by the caller: batches are views, nothing is copied.
+"""Corpus of arrays that are in memory already: batches are views, nothing is copied. What the caller has mapped from a
+file for reading is read from there (see :mod:`finf_fast.corpus.mappings`).
 
 Tensors and numpy arrays, alone or in a tuple, list or dict with equal leading lengths. Integers arrive as int64, as
 losses and embeddings want them, except uint8 arrays of two or more dimensions (pixels, left as they are).
@@ -15,12 +16,13 @@ from torch.utils.data import TensorDataset
 
 from finf_fast.corpus.base import Corpus
 from finf_fast.corpus.digest import digest_rows
+from finf_fast.corpus.mappings import guarded
+from finf_fast.corpus.widen import integers
 
 __all__ = [
     "ArrayCorpus",
     "digest_array",
     "holds_arrays",
-    "integers",
     "is_array",
     "owned",
     "require_label_array",
@@ -69,6 +71,7 @@ class ArrayCorpus(Corpus):
         for name, array in self._arrays.items():
             _require_rows(name, array)
         super().__init__(_common_length(self._arrays), transform)
+        self._arrays = {name: guarded(array) for name, array in self._arrays.items()}
 
     def _rows(self, start: int, stop: int) -> Any:
         return self._structured([_deliver(array, slice(start, stop)) for array in self._arrays.values()])
@@ -99,18 +102,6 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, integers other than pixels as int64; itself where that changes nothing."""
     widen = _arrives_as_int64(tensor) and tensor.dtype != torch.int64
     return integers(tensor.numpy()) if widen else tensor
-
-
-def integers(array: np.ndarray) -> torch.Tensor:
-    """A new int64 tensor of an integer array of any width and byte order.
-
-    Raises:
-        ValueError: a uint64 value does not fit.
-    """
-    highest = np.iinfo(np.int64).max
-    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and array.max() > highest:
-        raise ValueError(f"source: wanted integers up to {highest}, got {array.max()}")
-    return torch.from_numpy(array.astype(np.int64, order="C"))
 
 
 def owned(rows: np.ndarray) -> torch.Tensor:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finf_fast.corpus.arrays import integers as widened
 from finf_fast.corpus.compiled import compiled
 from finf_fast.corpus.files import MappedArray
+from finf_fast.corpus.widen import integers as widened
 
 __all__ = ["Shades", "Starts", "as_stored", "integers", "shaded"]
 

@@ -2,8 +2,8 @@
 
 Every reading is checked twice. Before it, that the file is as long as it has to be; its bytes then come by calls that
 can fail politely. After it, that the file is still the one that was opened: what was read from one that shrank, grew,
-was written to, deleted or replaced meanwhile belongs to no corpus, and is not handed out. What cannot be seen is a write
-through a shared mapping, which leaves a file's times as they are while the system has not written it back.
+was written to, deleted or replaced meanwhile belongs to no corpus, and is not handed out. A write through a shared
+mapping is not seen, as long as the system has not written it back and set the file's times.
 """
 
 from __future__ import annotations

@@ -68,4 +68,7 @@ def _alike(rows: MappedRows, array: np.memmap, size: int) -> bool:
     """Whether the name still leads to the file that was mapped, as far as its size and two rows tell."""
     if array._mmap.size() != size:
         return False
-    return all(rows[k : k + 1].numpy().tobytes() == np.asarray(array[k : k + 1]).tobytes() for k in (0, len(rows) - 1))
+    native = array.dtype.newbyteorder("=")
+    return all(
+        rows[k : k + 1].numpy().tobytes() == np.array(array[k : k + 1], native).tobytes() for k in (0, len(rows) - 1)
+    )
