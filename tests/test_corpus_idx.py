@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from corpus_files import idx_bytes, npy_bytes, state, write
-from finf_fast.corpus import open_corpus
-from finf_fast.corpus.unpack import unpacked
+from finf_fast.corpus import open_corpus, unpack
+from finf_fast.corpus.files import MappedFile
 from finf_fast.records import DamagedFile
 
 DIGITS = np.random.default_rng(0).integers(0, 256, (6, 28, 28), np.uint8)
@@ -76,7 +76,8 @@ def test_an_archive_and_its_content_have_one_fingerprint(tmp_path):
 def test_the_default_cache_is_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert unpacked(write(tmp_path / "x.gz", IMAGES)).parent == tmp_path / ".cache" / "finf_fast"
+    archive = MappedFile(write(tmp_path / "x.gz", IMAGES))
+    assert unpack.unpacked(archive).parent == tmp_path / ".cache" / "finf_fast"
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:40] + bytes([b[40] ^ 255]) + b[41:]])
@@ -86,6 +87,48 @@ def test_a_broken_archive_leaves_nothing_behind(tmp_path, damage):
     with pytest.raises(DamagedFile, match=r"x\.gz: gzip archive cannot be unpacked"):
         open_corpus(path, cache=cache, format="idx")
     assert not any(cache.iterdir())
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_an_archive_that_changes_before_it_is_unpacked(tmp_path, monkeypatch, unseen):
+    """Other images under this one's key would be taken for it as long as the cache lasts."""
+    path, cache, other = tmp_path / "x.gz", tmp_path / "cache", idx_bytes(DIGITS.shape, DIGITS[::-1].tobytes())
+    write(path, IMAGES)
+    key = unpack._content_key
+
+    def meddle(*archive):
+        found = key(*archive)
+        write(tmp_path / "other.gz", other)
+        os.replace(tmp_path / "other.gz", path)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unpack, "_content_key", meddle)
+        if unseen:  # as where a file system's clock is too coarse for a write to show
+            patch.setattr(MappedFile, "require_same", lambda *_: None)
+            patch.setattr(MappedFile, "opened", lambda file, _: MappedFile(file.path)._opened)
+        with pytest.raises(DamagedFile, match=r"x\.gz: was (replaced|written to)"):
+            open_corpus(path, cache=cache, format="idx")
+    assert not any(cache.iterdir())
+    write(path, IMAGES)
+    assert torch.equal(open_corpus(path, cache=cache).read(0, 6), torch.from_numpy(DIGITS[:, None]).float().div(255))
+
+
+@pytest.mark.parametrize("left", [0, 3, 10, 4719])
+def test_a_damaged_copy_is_unpacked_anew(tmp_path, cache, left):
+    images, _ = mnist(tmp_path / "mnist", ".gz")
+    wanted = open_corpus(images.parent).read(0, 6)
+    for copy in cache.iterdir():
+        os.truncate(copy, min(left, os.stat(copy).st_size - 1))
+    found = open_corpus(images.parent).read(0, 6)
+    assert all(map(torch.equal, found, wanted)) and len(list(cache.iterdir())) == 2
+
+
+def test_a_pipe_is_refused(tmp_path):
+    """To open one waits for whoever writes to it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="wanted a regular file, got .*pipe"):
+        open_corpus(tmp_path / "pipe", format="idx")
 
 
 @pytest.mark.parametrize(

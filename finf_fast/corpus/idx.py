@@ -61,14 +61,23 @@ def map_idx(path: str | os.PathLike, cache: str | os.PathLike | None = None) -> 
     Raises:
         DamagedFile: wrong magic, or a file shorter or longer than the header says.
     """
-    name = os.fspath(path)
-    file = MappedFile(unpacked(path, cache) if is_gzip(path) else path, name)
+    file = MappedFile(path)
+    if not is_gzip(file.head(4)):
+        return _mapped(file)
+    copy = unpacked(file, cache)
+    try:
+        return _mapped(MappedFile(copy, file.name))
+    except DamagedFile:  # which of the two is damaged, the archive or what the cache has kept of it?
+        return _mapped(MappedFile(unpacked(file, cache, anew=True), file.name))
+
+
+def _mapped(file: MappedFile) -> MappedArray:
     head = file.head(4)
     if not is_idx(head):
-        raise DamagedFile(f"{name}, byte 0: wanted an IDX magic (00 00 type dimensions), got {head.hex(' ')!r}")
+        raise DamagedFile(f"{file.name}, byte 0: wanted an IDX magic (00 00 type dimensions), got {head.hex(' ')!r}")
     lengths = file.head(4 + 4 * head[3])[4:]
     if len(lengths) < 4 * head[3]:
-        raise DamagedFile(f"{name}, byte 4: wanted {head[3]} lengths of 4 bytes, got a file of {file.size} bytes")
+        raise DamagedFile(f"{file.name}, byte 4: wanted {head[3]} lengths of 4 bytes, got a file of {file.size} bytes")
     shape = tuple(int(n) for n in np.frombuffer(lengths, ">u4"))
     array = MappedArray(file, 4 + len(lengths), np.dtype(DTYPES[head[2]]), shape)
     array.require_whole()

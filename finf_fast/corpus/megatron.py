@@ -160,10 +160,7 @@ class MegatronCorpus(DocumentCorpus):
 def has_index(path: str | os.PathLike) -> bool:
     """Whether Megatron's index lies beside a file, or is it."""
     index = _beside(path, ".idx")
-    if not os.path.isfile(index):
-        return False
-    with open(index, "rb") as handle:
-        return handle.read(6) == MAGIC[:6]
+    return os.path.isfile(index) and MappedFile(index).head(6) == MAGIC[:6]
 
 
 def _beside(path: str | os.PathLike, ending: str) -> str:

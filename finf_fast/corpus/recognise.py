@@ -9,6 +9,7 @@ from typing import Any
 
 from finf_fast.corpus.arrays import holds_arrays
 from finf_fast.corpus.cifar import HUNDRED
+from finf_fast.corpus.files import MappedFile
 from finf_fast.corpus.idx import is_idx, is_mnist, map_idx
 from finf_fast.corpus.megatron import has_index
 from finf_fast.corpus.npy import MAGIC as NPY_MAGIC
@@ -58,7 +59,7 @@ def map_labels(labels: Any, cache: str | os.PathLike | None) -> Any:
     head = _head(labels, "labels")
     if head.startswith(NPY_MAGIC):
         return map_npy(labels)
-    if is_gzip(labels) or is_idx(head[:4]):
+    if is_gzip(head) or is_idx(head[:4]):
         return map_idx(labels, cache)
     wanted = "an .npy or IDX file"
     raise ValueError(f"labels: wanted {wanted}, got {os.fspath(labels)!r}, which starts with {head[:4].hex(' ')!r}")
@@ -71,8 +72,8 @@ def _recognise_path(path: str | os.PathLike, windowed: bool) -> str:
     if known is not None:
         return known
     head, name = _head(path, "source"), os.fspath(path)
-    if is_gzip(path) and not windowed:  # tokens may begin with any two bytes
-        head = gzip_head(path, 4)
+    if is_gzip(head) and not windowed:  # tokens may begin with any two bytes
+        head = gzip_head(MappedFile(path), 4)
     elif head.startswith(STREAM) and name.endswith(".arrow"):
         return "arrow"
     elif head.startswith(NPY_MAGIC):
@@ -113,5 +114,4 @@ def _by_name(name: str) -> str | None:
 def _head(path: str | os.PathLike, argument: str) -> bytes:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: wanted an existing file, got {os.fspath(path)!r}")
-    with open(path, "rb") as handle:
-        return handle.read(len(NPY_MAGIC))
+    return MappedFile(path).head(len(NPY_MAGIC))

@@ -132,7 +132,7 @@ def _map_tokens(path: str | os.PathLike, dtype: str | None, header: int | None) 
         raise ValueError(f"dtype: wanted one of {DTYPES}, got {dtype!r}")
     file = MappedFile(path)
     head = file.head(12)
-    if file.path.endswith(".gz") and is_gzip(path):
+    if file.path.endswith(".gz") and is_gzip(head):
         raise ValueError(f"source: wanted tokens as they are, got {file.name}, which is gzipped: unpack it first")
     if header is not None:
         return _headerless(file, dtype, header)
