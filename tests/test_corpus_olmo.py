@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -79,11 +80,27 @@ def test_both_files_are_part_of_the_fingerprint(tmp_path):
         ("0,32\n", r"npy: wanted 32 tokens of 2 or 4 bytes, as .*csv\.gz ends, got 62 bytes"),
         ("0,5\n", "npy: wanted 5 tokens"),
         (f"0,{'x' * 200000}\n", "after row 0: the table cannot be read: field larger than"),
+        (f"0,4\n4,31{',x' * 600000}\n", "after row 1: .* wanted rows of fewer than 1048576 characters, got a longer"),
+        ("0,31" + ',"a\n"' * 300000, "after row 0: .* got a longer one"),
+        ('0,4,"a,s,0\n4,31,b,s,1\n', "after row 0: the table cannot be read: unexpected end of data"),
+        ('0,4,a,s,0\n4,9,"b,s,1\n9,31,"c",s,2\n', "after row 1: the table cannot be read: ',' expected after '\"'"),
+        ('0,4,a,s,0\n4,9,b,"s,1\n9,31,c,s,"\n', "row 2: wanted 5 columns, as in the rows before, got 4"),
     ],
 )
 def test_tables_that_cannot_be_true(tmp_path, text, words):
     with pytest.raises(DamagedFile, match=words):
         open_corpus(olmo(tmp_path, sequences(), text))
+
+
+def test_a_line_that_fills_the_memory_is_not_read_whole(tmp_path):
+    path = olmo(tmp_path, sequences(), f"0,31,{'x' * (64 << 20)}\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedFile, match="after row 0: the table cannot be read: (field larger|.* got a longer)"):
+            open_corpus(path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_tables_without_a_token(tmp_path):

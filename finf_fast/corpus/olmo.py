@@ -6,23 +6,25 @@ A row of the table, which has no heading: start, end (exclusive) in tokens, id, 
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import os
-import zlib
+import reprlib
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from finf_fast.corpus.documents import DocumentCorpus
 from finf_fast.corpus.files import MappedArray, MappedFile
+from finf_fast.corpus.unpack import BROKEN, unpacking
 from finf_fast.records import DamagedFile
 
 __all__ = ["OlmoCorpus", "olmo_table"]
 
 ITEMS = {2: "uint16", 4: "uint32"}
 HIGHEST = 2**63 - 1  # of an offset
+LONGEST = 1 << 20  # characters of a row, which has two numbers and short names; a few packed bytes may claim any number
 
 
 class OlmoCorpus(DocumentCorpus):
@@ -84,16 +86,44 @@ def _edges(table: MappedFile) -> np.ndarray:
                 raise DamagedFile(f"{table.name}, row {row}: wanted {end} <= start <= end, got {first}, {last}")
             found.extend((first, last))
             end = last
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
+    except (*BROKEN, UnicodeDecodeError, csv.Error) as error:
         raise DamagedFile(f"{table.name}, after row {row}: the table cannot be read: {error}") from error
     table.require_same(0)
     return np.frombuffer(found, np.int64).reshape(-1, 2)
 
 
 def _rows(table: MappedFile) -> Iterator[tuple[int, int]]:
-    with gzip.open(table.path, "rt", newline="", encoding="utf-8") as text:
-        for number, row in enumerate(csv.reader(text), 1):
+    with io.TextIOWrapper(unpacking(table), newline="", encoding="utf-8") as text:
+        lines, columns = _Lines(text), None
+        for number, row in enumerate(csv.reader(lines, strict=True), 1):
+            lines.room = LONGEST
             try:
-                yield int(row[0]), int(row[1])
+                first, last = int(row[0]), int(row[1])
             except (IndexError, ValueError):
-                raise DamagedFile(f"{table.name}, row {number}: wanted start and end, got {row[:2]}") from None
+                got = reprlib.repr(row[:2])
+                raise DamagedFile(f"{table.name}, row {number}: wanted start and end, got {got}") from None
+            # A quote that does not end takes the next row for text, up to where that one has a quote of its own.
+            columns = columns or len(row)
+            if len(row) != columns:
+                wanted = f"{columns} columns, as in the rows before"
+                raise DamagedFile(f"{table.name}, row {number}: wanted {wanted}, got {len(row)}")
+            yield first, last
+
+
+class _Lines:
+    """Lines of a text, up to ``room`` characters, which whoever takes a row from them renews."""
+
+    def __init__(self, text: TextIO):
+        self._text, self.room = text, LONGEST
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self.room)
+        self.room -= len(line)
+        if not self.room:
+            raise csv.Error(f"wanted rows of fewer than {LONGEST} characters, got a longer one")
+        if not line:
+            raise StopIteration
+        return line
