@@ -152,7 +152,9 @@ def test_folders_that_are_no_dataset(tmp_path):
     (tmp_path / "train" / "state.json").unlink()
     with pytest.raises(ValueError, match="wanted a dataset saved by save_to_disk, or a pattern"):
         open_corpus(tmp_path / "train")
-    for content in ("", "[]", "{}", '{"_data_files": [1]}', '{"_data_files": [{"filename": 3}]}', "\x00", "[" * 9999):
+    names = ["3", '"a\\u0000.arrow"', '"\\ud800.arrow"']  # no names at all, or none that a system takes
+    contents = ["", "[]", "{}", '{"_data_files": [1]}', "\x00", "[" * 9999]
+    for content in (*contents, *(f'{{"_data_files": [{{"filename": {name}}}]}}' for name in names)):
         (tmp_path / "train" / "state.json").write_text(content)
         with pytest.raises(DamagedFile, match="state.json: wanted the names of a dataset's files"):
             open_corpus(tmp_path / "train")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from corpus_files import idx_bytes, megatron_bytes, npy_bytes, write
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the library that fails on purpose is for Linux")
@@ -63,6 +67,57 @@ def test_an_input_output_error_names_file_and_byte(tmp_path, faulty_disk):
         done.stdout.startswith(f"DamagedFile {tmp_path / 'x.bin'}, byte 777777: ")
         and "Input/output error" in done.stdout
     )
+
+
+# What is opened, of files beside each other; options; the file that fails, and from which byte.
+OPENED = {
+    "tokens": ("t.bin", {"window": 8}, "t.bin", 0),
+    "npy": ("x.npy", {}, "x.npy", 0),
+    "labels": ("x.npy", {"labels": "images.gz"}, "images.gz", 0),
+    "idx": ("images.gz", {}, "images.gz", 0),
+    "idx, in its archive": ("images.gz", {"cache": "cache"}, "images.gz", 40_000),
+    "megatron": ("m.bin", {}, "m.idx", 0),
+    "tokens with an index": ("m.bin", {"window": 8}, "m.idx", 0),
+    "olmo": ("part.npy", {}, "part.csv.gz", 0),
+    "olmo, in its table": ("part.npy", {}, "part.csv.gz", 50_000),
+    "olmo's tokens": ("part.npy", {}, "part.npy", 0),
+    "arrow": ("x.arrow", {}, "x.arrow", 0),
+    "saved": (".", {"format": "arrow"}, "state.json", 20),
+}
+OPEN = """
+import os
+from finf_fast.corpus import open_corpus
+from test_io_faults import OPENED
+for source, options, bad, byte in OPENED.values():
+    os.environ |= {"FAULT_AT": os.path.join(os.getcwd(), bad), "FAULT_FROM": str(byte)}
+    try:
+        open_corpus(source, **options)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def one_of_each(folder: Path) -> None:
+    draw = np.random.default_rng(0)
+    noise = draw.integers(0, 256, 60_000, np.uint8).tobytes()
+    index, data = megatron_bytes([np.frombuffer(noise, "<u2")], [0, 1], 8)
+    edges = np.sort(draw.integers(0, 30_001, 30_000)).tolist()
+    files = {"t.bin": data, "m.bin": data, "m.idx": index, "part.npy": noise, "x.arrow": b"\xff" * 4}
+    files |= {"x.npy": npy_bytes((6,), "<u2", bytes(12)), "images.gz": idx_bytes((60_000,), noise)}
+    files["part.csv.gz"] = "".join(f"{start},{stop}\n" for start, stop in pairwise([*edges, 30_000])).encode()
+    files["state.json"] = b'{"_data_files": [{"filename": "x.arrow"}]}'
+    for name, content in files.items():
+        write(folder / name, content)
+
+
+def test_an_input_output_error_at_opening_names_file_and_byte(tmp_path, faulty_disk, monkeypatch):
+    one_of_each(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = run_python(OPEN, library=faulty_disk, kind="eio", at="nothing")
+    for name, said in zip(OPENED, done.stdout.splitlines(), strict=True):
+        *_, bad, byte = OPENED[name]
+        assert re.fullmatch(f"DamagedFile (\\./)?{bad}, byte {byte}: .*Input/output error", said), (name, said)
+    assert not any(Path("cache").glob("*"))
 
 
 @pytest.mark.parametrize("window", [64, 1 << 19])

@@ -10,6 +10,7 @@ from typing import Any
 
 from finf_fast.corpus.arrow import ArrowCorpus, SelectedCorpus
 from finf_fast.corpus.base import Corpus
+from finf_fast.corpus.files import MappedFile
 from finf_fast.corpus.joined import JoinedCorpus
 from finf_fast.records import DamagedFile
 
@@ -54,12 +55,21 @@ def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
     if not state.is_file():
         wanted = "a dataset saved by save_to_disk, or a pattern of its .arrow files"
         raise ValueError(f"source: wanted {wanted}, got {str(folder)!r} without {STATE}")
+    file = MappedFile(state)
+    content = file.head(file.size)
     try:
-        found = json.loads(state.read_bytes())
-        data, order = ([folder / file["filename"] for file in found.get(key) or []]
+        found = json.loads(content)
+        data, order = ([folder / _sound(file["filename"]) for file in found.get(key) or []]
                        for key in ("_data_files", "_indices_data_files"))  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedFile(f"{state}: wanted the names of a dataset's files, got {error!r}") from error
     if not data:
         raise DamagedFile(f"{state}: wanted the names of a dataset's files, got none")
     return data, order
+
+
+def _sound(name: str) -> str:
+    """A name that the system can be asked for; of another it says neither which it is nor who gave it."""
+    if b"\0" in os.fsencode(name):
+        raise ValueError(f"null byte in {name!r}")
+    return name
