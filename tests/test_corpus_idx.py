@@ -144,6 +144,7 @@ def test_a_pipe_is_refused(tmp_path):
         (b"\0\0\x0a\x03" + bytes(12), "byte 0: wanted an IDX magic .*, got '00 00 0a 03'"),
         (b"\x03\x08\0\0" + bytes(12), "byte 0: wanted an IDX magic"),
         (b"", "byte 0: wanted an IDX magic"),
+        (idx_bytes((2**32 - 1, 2**32 - 1, 0), b""), "header: wanted lengths with a product below .* got the shape"),
         (idx_bytes((0, 28, 28), b""), "empty corpus, wanted at least 1 sample in .*"),
     ],
 )

@@ -41,6 +41,11 @@ def test_any_stride_reads_what_slicing_reads(flat, window, stride):
     assert corpus.read(len(corpus) - 1, len(corpus)).tolist() == [STREAM[starts[-1] : starts[-1] + window].tolist()]
 
 
+def test_a_stride_beyond_the_end_leaves_one_window(flat):
+    corpus = open_corpus(flat, window=10, stride=2**60 - 1)
+    assert corpus.read(0, 1).tolist() == corpus.take([0]).tolist() == [STREAM[:10].tolist()]
+
+
 def test_the_description_counts_what_no_window_holds(flat):
     words = json.loads(json.dumps(open_corpus(flat, window=10).describe()))
     assert (words["tokens"], words["tokens_dropped_at_tail"], words["tokens_skipped_between"]) == (103, 3, 0)
@@ -136,6 +141,9 @@ def test_a_stream_saved_by_numpy_is_read_when_a_window_is_given(tmp_path, descr)
         (STREAM.tobytes(), {"window": 2.5}, TypeError, "window: wanted an integer, got 2.5"),
         (STREAM.tobytes(), {"window": None}, ValueError, "window: wanted the tokens a sample for .*, got None"),
         (STREAM.tobytes(), {"stride": 0}, ValueError, "stride: wanted 1 or more, got 0"),
+        (STREAM.tobytes(), {"stride": 2**60}, ValueError, f"stride: wanted fewer tokens than {2**60}, .* got {2**60}"),
+        (STREAM.tobytes(), {"stride": 10**20}, ValueError, "stride: wanted fewer tokens than .*, got 1000"),
+        (STREAM.tobytes(), {"window": 10**20}, ValueError, "window: wanted fewer tokens than .*, got 1000"),
         (STREAM.tobytes(), {"stride": -3}, ValueError, "stride: wanted 1 or more, got -3"),
         (STREAM.tobytes(), {"labels": STREAM}, ValueError, "labels: wanted None, for the format 'tokens' takes"),
         (npy_bytes((2, 3), "<u2", bytes(12)), {}, ValueError, "wanted one dimension of integers as tokens"),

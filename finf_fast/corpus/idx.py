@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from finf_fast.corpus.files import MappedArray, MappedFile
+from finf_fast.corpus.npy import require_countable
 from finf_fast.corpus.pixels import Pixels
 from finf_fast.corpus.rowfiles import RowFileCorpus
 from finf_fast.corpus.unpack import is_gzip, unpacked
@@ -81,6 +82,7 @@ def _mapped(file: MappedFile) -> MappedArray:
     shape = tuple(int(n) for n in np.frombuffer(lengths, ">u4"))
     array = MappedArray(file, 4 + len(lengths), np.dtype(DTYPES[head[2]]), shape)
     array.require_whole()
+    require_countable(array)
     return array
 
 

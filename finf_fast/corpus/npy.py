@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from typing import Any
 
@@ -13,9 +14,10 @@ from finf_fast.corpus.pixels import Pixels
 from finf_fast.corpus.rowfiles import RowFileCorpus
 from finf_fast.records import DamagedFile
 
-__all__ = ["MAGIC", "NpyCorpus", "map_npy"]
+__all__ = ["MAGIC", "NpyCorpus", "map_npy", "require_countable"]
 
 MAGIC = b"\x93NUMPY"
+COUNTABLE = 2**60  # items of eight bytes
 HEAD = 12 + 10_000  # magic, version, length; then the longest header text that numpy itself agrees to parse
 
 
@@ -60,7 +62,19 @@ def map_npy(path: str | os.PathLike) -> MappedArray:
         )
     array = MappedArray(file, offset, dtype, shape)
     array.require_whole()
+    require_countable(array)
     return array
+
+
+def require_countable(array: MappedArray) -> None:
+    """Check lengths that no size vouches for: beside a 0, any others promise a file of nothing.
+
+    Raises:
+        DamagedFile: a batch of such rows would have strides that no tensor can.
+    """
+    if math.prod(length or 1 for length in array.shape) >= COUNTABLE:
+        wanted = f"lengths with a product below {COUNTABLE}, zeros apart"
+        raise DamagedFile(f"{array.file.name}, its header: wanted {wanted}, got the shape {array.shape}")
 
 
 def _header(file: MappedFile) -> tuple[tuple[int, ...], bool, np.dtype, int]:

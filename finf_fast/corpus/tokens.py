@@ -35,6 +35,7 @@ DTYPES = ("uint16", "uint32")
 # alike, so that of 64 pairs half would have to differ by chance: 2⁻⁶⁴.
 SPOTS, SPOT_BYTES = 4, 2048
 UPPER, PAIRS = 16, 64
+MOST = 2**60  # tokens of eight bytes, beyond which a place in a file is no int64
 
 
 class NoWindow(ValueError):
@@ -214,4 +215,6 @@ def _positive(argument: str, value: Any) -> int:
         raise TypeError(f"{argument}: wanted an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{argument}: wanted 1 or more, got {value}")
+    if value >= MOST:
+        raise ValueError(f"{argument}: wanted fewer tokens than {MOST}, which no file holds, got {value}")
     return int(value)
