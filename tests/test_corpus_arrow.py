@@ -278,6 +278,23 @@ def test_an_index_beyond_the_rows(tmp_path):
         corpus.read(0, 3)
 
 
+def test_an_index_that_int64_cannot_hold(tmp_path):
+    corpus = open_corpus(saved(tmp_path / "set", {"input_ids": texts(5)}, 1, [0, 4, 2**63]))
+    with pytest.raises(DamagedFile, match=rf"indices\.arrow, byte \d+: wanted integers up to .*, got {2**63}$"):
+        corpus.read(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [([[1], [0, 1]], "lists of any integers"), ([[1], [0]], "lists of"), ([0.0, 1.0], "float64")]
+)
+def test_indices_that_are_no_numbers(tmp_path, column, kind):
+    """Nobody but their file says so: they are no argument of the caller's."""
+    folder = saved(tmp_path / "set", {"input_ids": texts(5)}, 1, [0])
+    stream(folder / "indices.arrow", {"indices": column})
+    with pytest.raises(DamagedFile, match=rf"indices\.arrow: wanted a column 'indices' of integers, got {kind}"):
+        open_corpus(folder)
+
+
 def test_a_name_that_is_no_text(tmp_path):
     path = stream(tmp_path / "rows.arrow", {"input_ids": texts(3), "other": [1, 2, 3]})
     path.write_bytes(path.read_bytes().replace(b"other", b"\xffther"))

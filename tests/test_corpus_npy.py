@@ -165,6 +165,23 @@ def test_files_that_cannot_be_read_are_refused_at_opening(tmp_path, content, err
     assert "bad.npy" in str(caught.value) or "empty" in str(caught.value)
 
 
+@pytest.mark.parametrize("descr", ["<u8", ">u8"])
+@pytest.mark.parametrize("kind", ["labels", "features", "tokens"])
+def test_integers_that_int64_cannot_hold_are_named(images, tmp_path, kind, descr):
+    """The loops take none of uint64, which numpy would wrap to numbers below 0."""
+    values = np.array([1, 2**63 - 1, 2, 3, 4, 2**63, 2**64 - 1], descr)
+    path = write(tmp_path / "y.npy", npy_bytes((7,), descr, values.tobytes()))
+    options = {"labels": {"labels": path}, "features": {}, "tokens": {"window": 1}}[kind]
+    corpus = open_corpus(images if kind == "labels" else path, **options)
+    for rows in (range(5), [4, 1]):
+        found = corpus.take(rows)
+        found = found[1] if kind == "labels" else found.view(-1)
+        assert found.tolist() == [int(values[row]) for row in rows]
+    for look in (lambda: corpus.read(0, 7), lambda: corpus.take([1, 5, 0])):
+        with pytest.raises(DamagedFile, match=rf"y\.npy, byte 168: wanted integers up to {2**63 - 1}, got {2**63}$"):
+            look()
+
+
 @pytest.mark.filterwarnings("ignore:invalid escape")
 def test_a_damaged_header_is_always_a_named_error(tmp_path):
     draw = random.Random(0)

@@ -232,11 +232,17 @@ class SelectedCorpus(Corpus):
         source: the rows.
         order: a corpus with a column ``indices`` of integers.
         transform: callable on each batch.
+
+    Raises:
+        DamagedFile: a column of something else.
     """
 
     format = "arrow"
 
     def __init__(self, source: Corpus, order: Corpus, transform: Callable[[Any], Any] | None = None):
+        ((name, kind),) = order._like()
+        if kind != "integers":
+            raise DamagedFile(f"{order._paths()[0]}: wanted a column {name!r} of integers, got {kind}")
         super().__init__(len(order), transform)
         self._source, self._order = source, order
 

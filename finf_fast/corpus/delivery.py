@@ -18,10 +18,12 @@ from torch import Tensor
 from finf_fast.corpus.compiled import compiled
 from finf_fast.corpus.files import MappedArray
 from finf_fast.corpus.widen import integers as widened
+from finf_fast.records import DamagedFile
 
 __all__ = ["Shades", "Starts", "as_stored", "integers", "shaded"]
 
 STORED = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "i8": 6}  # finf::Stored
+HIGHEST = np.iinfo(np.int64).max
 Starts = range | np.ndarray
 
 
@@ -73,8 +75,7 @@ def integers(
         lengths: (B,) items of each run, at most ``length``, where they differ; the rest is ``fill``.
 
     Raises:
-        DamagedFile: the file no longer holds them.
-        ValueError: a uint64 that int64 cannot hold.
+        DamagedFile: the file no longer holds them, or holds a uint64 that int64 cannot.
     """
     lengths = None if lengths is None else np.ascontiguousarray(lengths, np.int64)
     out = array.file.reading.slots.empty((len(starts), length), torch.int64)
@@ -188,8 +189,21 @@ def _one_by_one(
         count = length if lengths is None else int(lengths[row])
         begin = array.offset + int(start) * item
         with array.file.view(begin, begin + count * item) as raw:
-            rows[row, :count] = decode(raw.view(array.dtype))
+            numbers = raw.view(array.dtype)
+            if out.dtype == torch.int64:
+                _require_int64(array, begin, numbers)
+            rows[row, :count] = decode(numbers)
     return out
+
+
+def _require_int64(array: MappedArray, begin: int, numbers: np.ndarray) -> None:
+    """Check numbers from byte ``begin`` on, here, where it is still known which byte they are from."""
+    if numbers.dtype.kind == "u" and numbers.size and numbers.max() > HIGHEST:
+        at = int(np.argmax(numbers > HIGHEST))
+        wanted = f"integers up to {HIGHEST}"
+        raise DamagedFile(
+            f"{array.file.name}, byte {begin + at * array.dtype.itemsize}: wanted {wanted}, got {numbers[at]}"
+        )
 
 
 def _native(raw: np.ndarray) -> Tensor:
