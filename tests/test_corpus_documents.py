@@ -123,7 +123,13 @@ def test_long_documents_are_cut_where_asked(tmp_path, write):
     assert texts(cut) == [text[:4] for text in texts(whole)]
     assert cut.lengths(0, len(cut)).max() == 4 and cut.describe()["max_length"] == 4
     assert cut.fingerprint != whole.fingerprint
-    for wrong, error in ((0, ValueError), (2.5, TypeError), (True, TypeError)):
+    for wrong, error in (
+        (0, ValueError),
+        (2**63, ValueError),
+        (10**30, ValueError),
+        (2.5, TypeError),
+        (True, TypeError),
+    ):
         with pytest.raises(error, match="max_length: wanted"):
             open_corpus(path, max_length=wrong)
 

@@ -100,4 +100,6 @@ def check_max_length(value: Any) -> int | None:
         raise TypeError(f"max_length: wanted an integer or None, got {value!r}")
     if value < 1:
         raise ValueError(f"max_length: wanted 1 or more tokens, got {value}")
+    if value >= 2**63:  # as tokenizers say that they have no limit
+        raise ValueError(f"max_length: wanted fewer tokens than {2**63}, or None for all, got {value}")
     return int(value)
