@@ -27,7 +27,7 @@ from finf_fast.mirrors.spectrum import Spectra
 from finf_fast.planning import Probe, make_plan, probe
 from finf_fast.progress import Progress
 from finf_fast.records import BadSample, NonFiniteLoss, UnsavedFactors
-from finf_fast.skeleton import Skeleton, place_of, vocabulary
+from finf_fast.skeleton import Skeleton, place_of, require_model, vocabulary
 from finf_fast.transfer import rows, to_device
 from finf_fast.update import model_fingerprint
 
@@ -117,10 +117,7 @@ def fit_factors(
         OSError: ``out`` cannot be written, seen before any work; or the disk is too full for what was fitted
             (:class:`finf_fast.UnsavedFactors`), which the error's ``factors`` keeps, to be saved elsewhere.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    if next(model.parameters(), None) is None:
-        raise ValueError("model: wanted at least one parameter, got a model without any")
+    require_model(model)
     settings = _Settings(kind, fisher, convention, limit, seed, _positive("batch_size", batch_size))
     if out is not None:
         require_writable(out, "out")

@@ -26,7 +26,7 @@ from finf_fast.ragged import width
 from finf_fast.records import Plan
 from finf_fast.scores import Scores, earlier, open_store
 from finf_fast.scoring import Scorer
-from finf_fast.skeleton import place_of, vocabulary
+from finf_fast.skeleton import place_of, require_model, vocabulary
 from finf_fast.staging import PADDED, ROOM, stage
 from finf_fast.steps import updates_for
 from finf_fast.transfer import crossing_to, decodes, rows, to_device
@@ -182,7 +182,8 @@ def forward_inf(
     given |= {"groups": groups, "loss": loss, "method": method, "device": settings.get("device")}
     unknown = settings.keys() - (inspect.signature(sweep).parameters.keys() - {"background"})
     if unknown:
-        raise TypeError(f"forward_inf: unknown argument {', '.join(sorted(unknown))}")
+        hint = "what a method takes goes into options={...}"
+        raise TypeError(f"forward_inf: unknown argument {', '.join(sorted(unknown))}; {hint}")
     _require_dtype(settings.get("dtype"))  # before the steps, which take longer than a look
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     shown = None if callable(progress) else progress
@@ -205,10 +206,7 @@ def _background(corpus: Corpus, count: int, seed: int, loss: Loss) -> np.ndarray
 def _checked(
     model: nn.Module, updates: Sequence[Update], engine: str, nonfinite: str, name: str = "updates"
 ) -> list[Update]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    if next(model.parameters(), None) is None:
-        raise ValueError("model: wanted at least one parameter, got a model without any")
+    require_model(model)
     updates = [updates] if isinstance(updates, Update) else list(updates)
     if not updates and name == "updates":
         raise ValueError("updates: wanted at least one, got none (Q = 0)")

@@ -86,6 +86,23 @@ class Skeleton:
         return {name: self.slots[name].tensor for name in names}
 
 
+def require_model(model: Any) -> None:
+    """Refuses what no step can be taken from.
+
+    Raises:
+        TypeError: no module.
+        ValueError: a module without parameters, without their values, or inside another process' wrapper.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("model: wanted the module itself, model.module, got it inside DistributedDataParallel")
+    if next(model.parameters(), None) is None:
+        raise ValueError("model: wanted at least one parameter, got a model without any")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model: wanted parameters with values, got some on the device 'meta'")
+
+
 def place_of(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """Device of the forwards: the model's own unless asked for.
 

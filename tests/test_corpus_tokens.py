@@ -88,6 +88,19 @@ def test_uint32_read_as_uint16_is_seen(tmp_path, vocabulary, count):
         open_corpus(path, window=10, header=4)
 
 
+@pytest.mark.parametrize("vocabulary", [65, 50257])
+@pytest.mark.parametrize("count", [32, 101, 5000, 100_001])
+def test_int64_read_as_uint16_is_seen(tmp_path, vocabulary, count):
+    """What numpy makes of a list of tokens, if nobody says otherwise."""
+    stream = (np.random.default_rng(count).random(count) ** 4 * vocabulary).astype(np.int64)
+    for header in (b"", b"head"):
+        path = write(tmp_path / "train.bin", header + stream.tobytes())
+        with pytest.raises(ValueError, match=r"train\.bin, got what looks like int64: save them with"):
+            open_corpus(path, window=10, header=len(header))
+    np.save(tmp_path / "train.npy", stream)
+    assert open_corpus(tmp_path / "train.npy", window=10)[1].tolist() == stream[10:20].tolist()
+
+
 @pytest.mark.parametrize("vocabulary", [1, 5, 17, 65, 50257, 65536])
 @pytest.mark.parametrize("count", [64, 103, 128, 5000, 100_000])
 def test_uint16_is_not_taken_for_uint32(tmp_path, vocabulary, count):

@@ -246,6 +246,14 @@ def test_the_mean_of_several_models(tmp_path, monkeypatch):
         Scores.mean([])
 
 
+def test_no_mean_of_different_mirror_steps():
+    x, y = torch.randn(9, 6, dtype=torch.float64), torch.arange(9) % 3
+    runs = [ff.forward_inf(net(), (x, y), (x[:2], y[:2]), method=method) for method in ("sgd", "adam", "adam")]
+    assert len(Scores.mean(runs[1:])) == 9
+    with pytest.raises(ManifestMismatch, match="data.method: wanted 'sgd'.*found 'adam'"):
+        Scores.mean(runs)
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()

@@ -376,6 +376,7 @@ class NoParameters(nn.Module):
         ({"updates": [ff.Update({"nowhere": torch.zeros(1)})]}, ValueError, "no parameter 'nowhere'"),
         ({"updates": [ff.Update({"0.bias": torch.zeros(3)})]}, ValueError, "wanted shape"),
         ({"model": NoParameters()}, ValueError, "model: wanted at least one parameter"),
+        ({"model": nn.Linear(6, 3, device="meta")}, ValueError, "model: wanted parameters with values"),
         ({"model": "x"}, TypeError, "model: wanted a torch.nn.Module"),
         ({"corpus": (torch.zeros(0, 12), torch.zeros(0).long())}, ValueError, "empty"),
         ({"loss": "nope"}, ValueError, "loss: wanted one of"),

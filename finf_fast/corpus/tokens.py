@@ -163,13 +163,18 @@ def _headerless(file: MappedFile, dtype: str | None, header: int) -> MappedArray
 
 
 def _refuse_halves(file: MappedFile, header: int) -> None:
-    """Refuses numbers that look like halves of uint32, by a look at some places of the file."""
+    """Refuses numbers that look like parts of uint32 or int64, by a look at some places of the file."""
     tokens = (file.size - header) // 4
     if (file.size - header) % 4 or tokens < PAIRS:
         return
     count = min(tokens, SPOT_BYTES // 4)
-    firsts = {header + 4 * (k * (tokens - count) // (SPOTS - 1)) for k in range(SPOTS)}
+    firsts = {header + 8 * (k * (tokens - count) // (SPOTS - 1) // 2) for k in range(SPOTS)}
     lower, upper = _halves(file, sorted(firsts), 4 * count)
+    if not (upper.any() or lower[1::2].any()) and lower.astype(bool).mean() > 0.25:
+        cure = "save them with .astype('uint16'), or as .npy"
+        raise ValueError(
+            f"source: wanted tokens of two or four bytes in {file.name}, got what looks like int64: {cure}"
+        )
     if upper.max() < UPPER and (lower > upper.max()).mean() > 0.5:
         seen = f"every second uint16 of {len(lower)} pairs is at most {upper.max()}, as the upper halves of uint32 are"
         raise ValueError(f"dtype: wanted 'uint32', or 'uint16' all the same, for {file.name}: {seen}; got None")

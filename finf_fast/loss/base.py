@@ -133,7 +133,8 @@ class Loss(ABC):
             ValueError: ``draw`` is given and this loss names no distribution of labels.
         """
         raise ValueError(
-            f"loss: {self.name!r} names no distribution to draw labels from; the empirical Fisher needs none"
+            f"loss: {self.name!r} names no distribution to draw labels from; the empirical Fisher needs none: "
+            "factors = fit_factors(model, corpus, loss=loss, fisher='empirical'), and options={'factors': factors}"
         )
 
     def scattered(self, value: Tensor, batch: Any, draw: Draw) -> Tensor:

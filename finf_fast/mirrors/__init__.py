@@ -26,7 +26,7 @@ from finf_fast.mirrors.kfac import EKFAC, KFAC
 from finf_fast.mirrors.query import Query, read, title
 from finf_fast.mirrors.released import Released
 from finf_fast.mirrors.sgd import SGD
-from finf_fast.skeleton import place_of
+from finf_fast.skeleton import place_of, require_model
 from finf_fast.update import Update
 
 __all__ = ["METHODS", "Factors", "mirror", "mirrors_of"]
@@ -142,10 +142,7 @@ class _Setup:
         device: str | torch.device | None = None,
         **options: Any,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-        if next(model.parameters(), None) is None:
-            raise ValueError("model: wanted at least one parameter, got a model without any")
+        require_model(model)
         self._model, self._params = model, params
         self._method = _method(method, lr, direction, steps, options)
         self._loss = losses.resolve(loss)

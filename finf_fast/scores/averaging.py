@@ -19,7 +19,7 @@ def average(models: list[dict[str, Any]], where: list[str]) -> dict[str, Any]:
     """The manifest of a mean; each model's identity and record stay under ``identity["mean_of"]`` and ``record``.
 
     Raises:
-        ManifestMismatch: other samples, queries or settings.
+        ManifestMismatch: other samples, names of queries, settings or mirror steps.
         ValueError: none.
     """
     if not models:
@@ -56,4 +56,11 @@ def _compared(manifest: dict[str, Any]) -> dict[str, Any]:
         identity = identity["mean_of"][0]
     corpus = identity.get("fingerprints", {}).get("corpus")
     settings = {key: identity.get("settings", {}).get(key) for key in LOSS}
-    return {**manifest, "data": {"corpus": corpus, **settings}}
+    return {**manifest, "data": {"corpus": corpus, "method": _method(manifest["record"]), **settings}}
+
+
+def _method(record: dict[str, Any]) -> str | None:
+    """The mirror step's, where the run was told one."""
+    while others := record.get("mean_of"):
+        record = others[0]
+    return record.get("mirror", {}).get("method")

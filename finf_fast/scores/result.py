@@ -242,7 +242,7 @@ class Scores:
         """Means of base and delta over several models, as over checkpoints of one training.
 
         Args:
-            parts: scores or folders, of the same corpus, queries and loss.
+            parts: scores or folders, of the same corpus, queries and loss. Queries are compared by number and name.
             out: folder for the result; None keeps it in memory.
 
         Raises:
