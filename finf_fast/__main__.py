@@ -45,7 +45,9 @@ def audit(
     stride: Annotated[int | None, typer.Option(help="tokens between samples; the window by default")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens of a text, at most")] = None,
     sample: Annotated[str | None, typer.Option(help="document or sequence, of Megatron's files")] = None,
-    columns: Annotated[str, typer.Option(help="of a saved dataset, as input_ids,labels; all by default")] = "",
+    columns: Annotated[
+        str, typer.Option(help="of a saved dataset, as input_ids,labels; by default those that text models take")
+    ] = "",
     mean: Annotated[str, typer.Option(help="of pixels over 255, a channel each, as 0.49,0.48,0.45")] = "",
     std: Annotated[str, typer.Option(help="of pixels over 255, a channel each")] = "",
     layout: Annotated[str | None, typer.Option(help="of images: NHWC or NCHW")] = None,

@@ -60,7 +60,8 @@ def probe(output: Callable[[Any], Tensor], sample: Any) -> Probe:
     sample, value, watch = _first_that_runs(output, sample)
     again = output(sample)
     if not torch.allclose(value, again, rtol=1e-3, atol=1e-5, equal_nan=True):
-        raise ValueError("model: wanted the same output twice in eval mode, got two that differ (dropout left on?)")
+        raise ValueError("model: wanted the same output twice in eval mode, got two that differ "
+                         "(dropout left on, or a loss that draws numbers?)")  # fmt: skip
     tokens = value[0, ..., 0].numel() if value.dim() > 1 else 1
     inputs = byte_size(sample)
     held = watch.bytes + 2 * value.nbytes + INPUT_COPIES * inputs

@@ -139,6 +139,12 @@ def test_values_in_range_pass():
     [
         (lambda: losses.resolve("cross_entrpy"), ValueError, "wanted one of cross_entropy"),
         (lambda: losses.resolve(3), TypeError, "loss: wanted a name"),
+        (
+            lambda: losses.resolve(torch.nn.CrossEntropyLoss(reduction="none")),
+            TypeError,
+            "loss: .* which takes outputs",
+        ),
+        (lambda: losses.resolve(F.cross_entropy), TypeError, "loss: .* which takes outputs"),
         (lambda: losses.CrossEntropy("median"), ValueError, "reduction"),
         (lambda: losses.CrossEntropy(label_smoothing=2), ValueError, "label_smoothing"),
         (lambda: losses.SquaredError("x"), ValueError, "reduction"),

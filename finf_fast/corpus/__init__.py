@@ -105,7 +105,8 @@ def open_corpus(
         window, stride, dtype, header: of token files; see :class:`TokenCorpus`.
         sample, max_length: of documents; see :class:`MegatronCorpus` and :class:`DocumentCorpus`.
         columns: of a dataset, by name; see :class:`ArrowCorpus`.
-        mean, std, layout: of pixels; see :class:`Pixels`. ``dtype`` of pixels is what they are delivered as.
+        mean, std, layout: of pixels, which uint8 in a file is read as: delivered as ``(x / 255 - mean) / std`` in
+            float32, where arrays in memory stay as they are; see :class:`Pixels`. ``dtype`` is what pixels come as.
         transform: callable on each decoded batch; it returns a batch of as many samples.
         collate_fn: how a dataset's samples are joined; default as DataLoader does, dicts padded.
         cache: folder for unpacked IDX files.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from finf_fast.loss.base import Head, Loss, Result, batch_size, byte_size, cast, joined, mapped
 from finf_fast.loss.custom import Custom
@@ -61,6 +61,9 @@ def resolve(loss: str | Loss | Callable[[Any, Any], Tensor]) -> Loss:
                 f"loss: wanted one of {', '.join(NAMED)} or a callable (model, batch) -> loss per sample, got {loss!r}"
             )
         return NAMED[loss]()
+    if isinstance(loss, nn.modules.loss._Loss) or getattr(loss, "__module__", None) == "torch.nn.functional":
+        raise TypeError(f"loss: wanted a name or a callable (model, batch) -> loss per sample, got torch's {loss!r}, "
+                        "which takes outputs: lambda model, batch: ...")  # fmt: skip
     if callable(loss):
         return Custom(loss)
     raise TypeError(f"loss: wanted a name, a finf_fast.loss.Loss or a callable, got {type(loss).__name__}")
