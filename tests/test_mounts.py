@@ -185,3 +185,61 @@ assert ff.Factors.load(path).kind == "fisher_diag"
 def test_what_a_small_disk_has_no_room_for_leaves_nothing(tmp_path, place):
     packed = write(tmp_path / "images.gz", idx_bytes((1000, 20, 20), bytes(400_000)))
     mounted("size=64k", place, SMALL, packed)
+
+
+SERVED = """
+import os, sys
+import numpy as np, torch
+import finf_fast as ff
+from finf_fast.records import DamagedFile
+from nets import language_model
+place, source, out, io = sys.argv[1:]
+number = lambda: os.stat(f"{place}/t.bin").st_ino
+assert number() != number()
+one, other = ff.open_corpus(f"{source}/t.bin", window=8), ff.open_corpus(f"{place}/t.bin", window=8, io=io)
+assert one.fingerprint == other.fingerprint and torch.equal(one.read(0, len(one)), other.read(0, len(other)))
+if io == "auto":
+    assert "a file lies on a network file system" in str(other.describe()), other.describe()
+
+model, _ = language_model()
+update = ff.mirror(model, torch.tensor([[1, 2, 3]]), loss="causal_lm", lr=0.1)
+settings = {"loss": "causal_lm", "batch_size": 8}
+whole = ff.sweep(model, [update], one, **settings)
+
+def strike(done, total):
+    if done > total // 2:
+        open(f"{source}/fails", "w").close()
+
+try:
+    ff.sweep(model, [update], other, out=out, progress=strike, **settings)
+except DamagedFile as error:
+    assert f"{place}/t.bin, byte " in str(error) and "cannot be read" in str(error), error
+else:
+    raise SystemExit("wanted an error of a disk out of reach")
+partial = ff.Scores.open(out, partial=True)
+there = np.isfinite(partial.base)
+assert len(one) // 2 < there.sum() < len(one) and np.array_equal(partial.delta[:, there], whole.delta[:, there])
+os.unlink(f"{source}/fails")
+again = ff.sweep(model, [update], ff.open_corpus(f"{place}/t.bin", window=8, io=io), out=out, **settings)
+assert np.array_equal(again.base, whole.base) and np.array_equal(again.delta, whole.delta) and again.complete
+"""
+
+
+@pytest.mark.parametrize("io", ["auto", "read", "map"])
+def test_a_network_file_system_that_goes_away_and_comes_back(tmp_path, io):
+    """A real one, as far as the kernel can tell: a process serves it, numbers its files anew, and fails."""
+    source, place = tmp_path / "source", tmp_path / "mounted"
+    source.mkdir(), place.mkdir()
+    write(source / "t.bin", np.resize(np.arange(19, dtype="<u2"), 8 * 2000).tobytes())
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parent)])}
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, HERE / "served_disk.py", source, place]
+    work = [sys.executable, "-c", SERVED, place, source, tmp_path / "out", io]
+    try:
+        done = subprocess.run([*command, *work], env=env, capture_output=True, text=True, timeout=300)
+    except FileNotFoundError as error:
+        pytest.skip(f"no unshare here: {error}")
+    if done.returncode != 0 and (
+        "not mounted" in done.stderr or "unshare" in done.stderr or "/dev/fuse" in done.stderr
+    ):
+        pytest.skip(f"no file system may be served here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stdout + done.stderr
