@@ -92,34 +92,6 @@ def test_tables_that_cannot_be_true(tmp_path, text, words):
         open_corpus(olmo(tmp_path, sequences(), text))
 
 
-def of_datatrove(folder, tokens, ends):
-    tokens.tofile(folder / "text.ds")
-    np.array(ends, "<u8").tofile(folder / "text.ds.index")
-    return folder / "text.ds"
-
-
-def of_olmo(folder, tokens, ends):
-    return olmo(folder, [tokens], table(list(itertools.pairwise([0, *ends]))))
-
-
-@pytest.mark.parametrize("write", [of_olmo, of_datatrove])
-def test_an_index_cut_to_half_of_the_tokens_says_four_bytes_of_two(tmp_path, write):
-    tokens = np.minimum(np.random.default_rng(0).exponential(3000, 20_000), 50_256).astype("<u2")  # few rare ones
-    assert len(open_corpus(write(tmp_path, tokens, [3000, 10_000, 20_000]))) == 3
-    with pytest.raises(DamagedFile, match="byte 0: wanted tokens of four bytes, .* is .*(csv.gz|ds.index) cut short"):
-        open_corpus(write(tmp_path, tokens, [3000, 10_000]))
-
-
-@pytest.mark.parametrize("write", [of_olmo, of_datatrove])
-@pytest.mark.parametrize("vocabulary", [100, 256_000, 2**28])
-def test_four_bytes_of_any_vocabulary_are_read(tmp_path, write, vocabulary):
-    tokens = np.random.default_rng(0).integers(0, vocabulary, 20_000).astype("<u4")
-    if vocabulary < 2**20:
-        tokens[::3] = 2**32 - 1  # -1, as some write between texts
-    corpus = open_corpus(write(tmp_path, tokens, [3000, 20_000]))
-    assert corpus[1]["input_ids"].tolist() == tokens[3000:].tolist()
-
-
 def test_a_line_that_fills_the_memory_is_not_read_whole(tmp_path):
     path = olmo(tmp_path, sequences(), f"0,31,{'x' * (64 << 20)}\n")
     tracemalloc.start()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from finf_fast.corpus.documents import DocumentCorpus, refuse_pairs
+from finf_fast.corpus.documents import DocumentCorpus
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.records import DamagedFile
 
@@ -54,7 +54,6 @@ class DatatroveCorpus(DocumentCorpus):
                 f"{data.name}: wanted {count} tokens of 2 or 4 bytes, as its index ends, got {data.size} bytes"
             )
         tokens = MappedArray(data, 0, np.dtype(ITEMS[item]).newbyteorder("<"), (count,))
-        refuse_pairs(tokens, index.name)
         super().__init__(tokens, self._ends.shape[0], max_length, transform)
 
     def _spans(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,13 +14,8 @@ from finf_fast.corpus.base import Corpus, runs_of
 from finf_fast.corpus.delivery import as_stored, integers
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.undecoded import Undecoded, tokens_apart
-from finf_fast.records import DamagedFile
 
-__all__ = ["DocumentCorpus", "check_max_length", "refuse_pairs"]
-
-# Two uint16 read as one uint32: nearly every one is beyond a vocabulary of a million, for its upper half is a token,
-# and a few are beyond any there can be. Both are asked for, so that neither a large vocabulary nor a -1 is refused.
-LARGE, BEYOND, LOOKED_AT, ENOUGH = 2**20, 2**28, 4096, 64
+__all__ = ["DocumentCorpus", "check_max_length"]
 
 
 class DocumentCorpus(Corpus):
@@ -95,21 +90,6 @@ class DocumentCorpus(Corpus):
 
     def _place(self, index: int) -> str:
         return self._tokens.place(int(self._spans(index, index + 1)[0][0]))
-
-
-def refuse_pairs(tokens: MappedArray, index: str) -> None:
-    """Refuse tokens of four bytes that are two of two bytes each, as an index says that lost the half of its tokens.
-
-    Raises:
-        DamagedFile: the first tokens look so.
-    """
-    count = min(tokens.shape[0], LOOKED_AT)
-    if tokens.dtype.itemsize < 4 or count < ENOUGH:
-        return
-    found = tokens.rows(0, count, np.array)
-    if (found >= LARGE).mean() > 0.5 and found.max() >= BEYOND:
-        seen = f"{(found >= LARGE).sum()} of {count} from {LARGE} on, as pairs of two bytes are: is {index} cut short?"
-        raise DamagedFile(f"{tokens.place(0)}: wanted tokens of four bytes, got {seen}")
 
 
 def check_max_length(value: Any) -> int | None:

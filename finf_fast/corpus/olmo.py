@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from finf_fast.corpus.documents import DocumentCorpus, refuse_pairs
+from finf_fast.corpus.documents import DocumentCorpus
 from finf_fast.corpus.files import MappedArray, MappedFile
 from finf_fast.corpus.unpack import BROKEN, unpacking
 from finf_fast.records import DamagedFile
@@ -61,7 +61,6 @@ class OlmoCorpus(DocumentCorpus):
             )
         self._edges = edges
         tokens = MappedArray(data, 0, np.dtype(ITEMS[item]).newbyteorder("<"), (count,))
-        refuse_pairs(tokens, self._table.name)
         super().__init__(tokens, len(edges), max_length, transform)
 
     def _spans(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
