@@ -40,12 +40,14 @@ def test_an_array_that_is_mapped_for_reading_is_read_from_its_file(tmp_path, dty
     np.save(tmp_path / "x.npy", x)
     mapped, wanted = np.load(tmp_path / "x.npy", mmap_mode="r"), open_corpus(x)
     corpus = open_corpus(mapped)
-    assert isinstance(corpus._arrays["source"], MappedRows)
+    assert isinstance(corpus._arrays["source"], MappedRows) == np.dtype(dtype).isnative
     assert torch.equal(corpus.read(0, 40), wanted.read(0, 40)) and corpus.read(0, 1).dtype == wanted.read(0, 1).dtype
     assert torch.equal(corpus.take([39, 0, 7]), wanted.take([39, 0, 7])) and torch.equal(corpus[5], wanted[5])
     part = open_corpus(mapped[7:21])
-    assert isinstance(part._arrays["source"], MappedRows) and torch.equal(part.read(0, 14), wanted.read(7, 21))
-    assert corpus.fingerprint == wanted.fingerprint or dtype.startswith(">")
+    assert torch.equal(part.read(0, 14), wanted.read(7, 21)) and corpus.fingerprint == wanted.fingerprint
+    if not np.dtype(dtype).isnative:
+        return
+    assert isinstance(part._arrays["source"], MappedRows)
     with pytest.raises(DamagedFile, match=r"x\.npy: (shrank|was written)"):
         os.truncate(tmp_path / "x.npy", 200)
         corpus.read(0, 40)
@@ -63,7 +65,9 @@ def test_other_mappings_stay_their_owner_s(tmp_path):
     for view in (mapped[::2], mapped[:, 1:], mapped.T, mapped + 1):
         assert torch.equal(open_corpus(view).read(0, len(view)), torch.from_numpy(np.array(view)))
     np.save(tmp_path / "new.npy", x[::-1])
-    os.replace(tmp_path / "new.npy", tmp_path / "x.npy")  # the name leads to another file
+    os.replace(tmp_path / "new.npy", tmp_path / "x.npy")  # the name leads to another file, then to none
+    assert torch.equal(open_corpus(mapped).read(0, 40), torch.from_numpy(np.array(mapped)))
+    (tmp_path / "x.npy").unlink()
     assert torch.equal(open_corpus(mapped).read(0, 40), torch.from_numpy(np.array(mapped)))
 
 

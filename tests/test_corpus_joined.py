@@ -281,6 +281,23 @@ def test_labels_count_through_all_files(tmp_path, monkeypatch, place, whole):
             opened(wrong)
 
 
+def test_labels_beside_two_files(tmp_path):
+    for k in range(2):
+        np.save(tmp_path / f"{k}.npy", np.full((3, 2), k, np.float32))
+    x, y = open_corpus([tmp_path / "0.npy", tmp_path / "1.npy"], labels=np.arange(6)).read(0, 6)
+    assert x[:, 0].tolist() == [0, 0, 0, 1, 1, 1] and y.tolist() == list(range(6))
+
+
+def test_a_half_that_nobody_reads_may_be_lost(tmp_path):
+    """Of a shard to validate on, and of what is read as one stream of tokens."""
+    for name in ("train_0", "val_0"):
+        write(tmp_path / f"{name}.ds", np.arange(8, dtype="<u2").tobytes())
+    write(tmp_path / "train_0.ds.index", np.array([3, 8], "<u8").tobytes())
+    assert len(open_corpus(tmp_path)) == 2
+    (tmp_path / "train_0.ds.index").unlink()
+    assert len(open_corpus(tmp_path, window=4, dtype="uint16")) == 2
+
+
 def test_labels_beside_files_that_take_none(tmp_path):
     token_files(tmp_path, ["a.bin", "b.bin"])
     with pytest.raises(ValueError, match="labels: wanted None, for the format 'tokens' takes"):

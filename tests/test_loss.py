@@ -134,6 +134,14 @@ def test_values_in_range_pass():
     losses.CausalLM().check(torch.tensor([[0, 8]]), 9, None)
 
 
+def test_a_loss_of_one_s_own_may_be_made_of_torch_s():
+    class Own(torch.nn.CrossEntropyLoss):
+        def forward(self, model, batch):
+            return super().forward(model(batch[0]), batch[1])
+
+    assert isinstance(losses.resolve(Own(reduction="none")), losses.Custom)
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import shutil
 import sys
 import tracemalloc
 
@@ -111,9 +113,19 @@ def test_a_finished_folder_that_is_cut_is_refused_not_looked_at(tmp_path, done):
     for look in (lambda: scores.delta, lambda: scores.top(0, 1), lambda: scores.normalized("absolute")):
         with pytest.raises(DamagedFile, match=r"delta\.npy: wanted \d+ bytes, got 0"):
             look()
-    (tmp_path / "result" / "base.npy").unlink()
-    with pytest.raises(DamagedFile, match=r"base\.npy: wanted \d+ bytes, got no file"):
-        scores.base  # noqa: B018 (looking at it is the test)
+
+
+def test_scores_in_hand_stay_wherever_their_folder_goes(tmp_path, done, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scores = Scores.open("result")
+    wanted = scores.delta.copy()
+    monkeypatch.chdir("/")
+    assert np.array_equal(scores.delta, wanted)
+    (tmp_path / "result").rename(tmp_path / "other")
+    assert np.array_equal(scores.delta, wanted)
+    carried = pickle.dumps(scores)
+    shutil.rmtree(tmp_path / "other")
+    assert np.array_equal(scores.delta, wanted) and np.array_equal(pickle.loads(carried).delta, wanted)
 
 
 def test_opening_reads_no_array(tmp_path):

@@ -200,7 +200,7 @@ def _files(source: Any, format: str | None, given: dict[str, Any]) -> list[str] 
     paths = paths_of(source)
     if paths is None or not isinstance(source, list) or any(map(os.path.isdir, paths)):
         return paths
-    pair = len(source) == 2 and (format or recognise(source, given)) in ("npy", "idx")
+    pair = len(source) == 2 and "labels" not in given and (format or recognise(source, given)) in ("npy", "idx")
     return None if pair else paths
 
 

@@ -13,6 +13,7 @@ __all__ = ["collate", "joined", "unmasked_length"]
 
 # What fills the end of a row shorter than the longest: -100 is the losses' ignore_index; ids of 0 hide behind the mask.
 FILLER = {"labels": -100}
+OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"}  # as long as their text
 
 
 def collate(samples: Sequence[Any], mask: bool = False) -> Any:
@@ -93,7 +94,7 @@ def _row(key: str, value: Any) -> torch.Tensor:
 
 def _join(key: str, rows: list[torch.Tensor]) -> torch.Tensor:
     shapes = {tuple(row.shape) for row in rows}
-    if len(shapes) == 1 and shapes != {(0,)}:
+    if len(shapes) == 1 and not (shapes == {(0,)} and key in OF_TOKENS):
         return torch.stack(rows)
     if any(row.ndim != 1 for row in rows):
         raise ValueError(f"source[…][{key!r}]: wanted one shape, or one dimension to pad, got {sorted(shapes)}")

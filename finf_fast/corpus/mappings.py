@@ -42,13 +42,18 @@ class MappedRows:
 
 
 def guarded(array: Any) -> Any:
-    """``array``, or the rows of its file where it is mapped from one for reading, in C order."""
-    if not isinstance(array, np.memmap) or array.mode != "r" or not array.nbytes or not array.flags.c_contiguous:
+    """``array``, or the rows of its file where it is mapped from one for reading, in C order and this byte order."""
+    if not isinstance(array, np.memmap) or array.mode != "r" or not array.nbytes:
+        return array
+    if not (array.flags.c_contiguous and array.dtype.isnative):
         return array
     offset = _offset(array)
     if offset is None:
         return array
-    file = MappedFile(array.filename)
+    try:
+        file = MappedFile(array.filename)
+    except (OSError, ValueError):  # the name is gone, or another's by now
+        return array
     rows = MappedRows(MappedArray(file, offset, array.dtype, array.shape))
     return rows if _alike(rows, array, file.size) else array
 
@@ -68,7 +73,4 @@ def _alike(rows: MappedRows, array: np.memmap, size: int) -> bool:
     """Whether the name still leads to the file that was mapped, as far as its size and two rows tell."""
     if array._mmap.size() != size:
         return False
-    native = array.dtype.newbyteorder("=")
-    return all(
-        rows[k : k + 1].numpy().tobytes() == np.array(array[k : k + 1], native).tobytes() for k in (0, len(rows) - 1)
-    )
+    return all(rows[k : k + 1].numpy().tobytes() == array[k : k + 1].tobytes() for k in (0, len(rows) - 1))

@@ -91,16 +91,16 @@ def folder_files(folder: str | os.PathLike, windowed: bool) -> list[str]:
         raise ValueError(
             f"source: wanted a folder with data files of one kind, got {found} in {os.fspath(folder)!r}: give a pattern"
         )
-    for end in kinds:
-        _require_pairs(folder, names, end, windowed)
     chosen = _trained_on(next(iter(kinds.values()), []))
+    if kinds and not windowed:
+        _require_pairs(folder, names - (set(*kinds.values()) - set(chosen)), next(iter(kinds)))
     return _filled([os.path.join(os.fspath(folder), name) for name in chosen])
 
 
-def _require_pairs(folder: str | os.PathLike, names: set[str], kind: str, windowed: bool) -> None:
+def _require_pairs(folder: str | os.PathLike, names: set[str], kind: str) -> None:
     """Neither half of a pair is passed over because the other was lost: its samples would be missing in silence."""
     for other, main in PAIRS:
-        if main != kind or (kind == ".npy" and windowed):
+        if main != kind:
             continue
         stems = [{name.removesuffix(end) for name in names if name.endswith(end)} for end in (other, main)]
         for stem in sorted(stems[0] ^ stems[1]):

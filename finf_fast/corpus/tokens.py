@@ -171,7 +171,7 @@ def _refuse_halves(file: MappedFile, header: int) -> None:
     firsts = {header + 8 * (k * (tokens - count) // (SPOTS - 1) // 2) for k in range(SPOTS)}
     lower, upper = _halves(file, sorted(firsts), 4 * count)
     if not (upper.any() or lower[1::2].any()) and lower.astype(bool).mean() > 0.25:
-        cure = "save them with .astype('uint16'), or as .npy"
+        cure = "save them with .astype('uint16'), or as .npy, or give dtype='uint16'"
         raise ValueError(
             f"source: wanted tokens of two or four bytes in {file.name}, got what looks like int64: {cure}"
         )

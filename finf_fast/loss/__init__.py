@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finf_fast.loss.base import Head, Loss, Result, batch_size, byte_size, cast, joined, mapped
@@ -61,7 +62,7 @@ def resolve(loss: str | Loss | Callable[[Any, Any], Tensor]) -> Loss:
                 f"loss: wanted one of {', '.join(NAMED)} or a callable (model, batch) -> loss per sample, got {loss!r}"
             )
         return NAMED[loss]()
-    if isinstance(loss, nn.modules.loss._Loss) or getattr(loss, "__module__", None) == "torch.nn.functional":
+    if type(loss).__module__ == nn.modules.loss.__name__ or getattr(loss, "__module__", None) == F.__name__:
         raise TypeError(f"loss: wanted a name or a callable (model, batch) -> loss per sample, got torch's {loss!r}, "
                         "which takes outputs: lambda model, batch: ...")  # fmt: skip
     if callable(loss):

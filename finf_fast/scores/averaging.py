@@ -25,9 +25,10 @@ def average(models: list[dict[str, Any]], where: list[str]) -> dict[str, Any]:
     if not models:
         raise ValueError("parts: wanted the scores of at least one model, got none")
     for model, place in zip(models[1:], where[1:], strict=True):
-        manifests.compare(
-            _compared(models[0]), _compared(model), f"{place}, to be averaged with {where[0]},", (*SAME, "data")
-        )
+        first, other = _compared(models[0]), _compared(model)
+        if None in (first["data"]["method"], other["data"]["method"]):  # not every step is a method's
+            del first["data"]["method"], other["data"]["method"]
+        manifests.compare(first, other, f"{place}, to be averaged with {where[0]},", (*SAME, "data"))
     return {
         **models[0],
         "identity": {"mean_of": [model["identity"] for model in models]},
@@ -59,8 +60,8 @@ def _compared(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "data": {"corpus": corpus, "method": _method(manifest["record"]), **settings}}
 
 
-def _method(record: dict[str, Any]) -> str | None:
+def _method(record: dict[str, Any] | None) -> str | None:
     """The mirror step's, where the run was told one."""
-    while others := record.get("mean_of"):
+    while others := (record or {}).get("mean_of"):
         record = others[0]
-    return record.get("mirror", {}).get("method")
+    return ((record or {}).get("mirror") or {}).get("method")

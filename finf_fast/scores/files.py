@@ -104,10 +104,7 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 def check_size(path: Path, wanted: int, opened: int | None = None) -> None:
     """Raises ``DamagedFile`` where the file, by its name or as it was opened, has another size."""
-    try:
-        size = (path.stat() if opened is None else os.fstat(opened)).st_size
-    except FileNotFoundError:
-        raise DamagedFile(f"{path}: wanted {wanted} bytes, got no file any more") from None
+    size = (path.stat() if opened is None else os.fstat(opened)).st_size
     if size != wanted:
         raise DamagedFile(f"{path}: wanted {wanted} bytes, got {size}")
 

@@ -149,27 +149,35 @@ class Folder:
 class Mapped(dict[str, np.ndarray]):
     """Arrays of a folder by name, not read; rows of blocks that are not done are NaN.
 
-    Looked up while their files are as long as they should be, DamagedFile otherwise: whoever looks at a mapping beyond
-    the end of its file is killed.
+    Looked up while the files that were mapped, whatever they are called by now, are as long as they were, DamagedFile
+    otherwise: whoever looks at a mapping beyond the end of its file is killed. A copy holds plain arrays.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], done: np.ndarray):
-        paths = {name: array_path(folder, name) for name in manifests.arrays_of(manifest)}
-        self._sizes = {name: (path, path.stat().st_size) for name, path in paths.items()}
-        super().__init__({name: _mapped(path, done, manifest) for name, path in paths.items()})
+        self._maps = {}
+        for name in manifests.arrays_of(manifest):
+            path = array_path(folder, name)
+            mapped = _mapped(path, done, manifest)
+            self._maps[name] = path, mapped._mmap, mapped._mmap.size()
+            self[name] = np.asarray(mapped)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        check_size(*self._sizes[name])
+        path, mapping, size = self._maps[name]
+        if mapping.size() != size:
+            raise DamagedFile(f"{path}: wanted {size} bytes, got {mapping.size()}")
         return super().__getitem__(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default  # noqa: SIM401 (this is what `get` is made of)
 
 
-def _mapped(path: Path, done: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
+def _mapped(path: Path, done: np.ndarray, manifest: dict[str, Any]) -> np.memmap:
     if done.all():
-        return np.asarray(np.load(path, mmap_mode="r"))
-    array = np.asarray(np.load(path, mmap_mode="c"))  # copy on write: only pages that get a NaN cost memory
+        return np.load(path, mmap_mode="r")
+    array = np.load(path, mmap_mode="c")  # copy on write: only pages that get a NaN cost memory
     plan = manifests.plan_of(manifest)
     for number in np.flatnonzero(done == 0).tolist():
         start, stop = plan.rows(number)
