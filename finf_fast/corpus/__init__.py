@@ -11,6 +11,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from glob import escape, glob
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,7 @@ def _labelled(parts: list[Corpus], given: dict[str, Any]) -> list[Corpus]:
     if labels.shape[0] != starts[-1]:
         wanted = f"{starts[-1]} labels, one a row of {len(parts)} files together"
         raise ValueError(f"labels: wanted {wanted}, got {labels.shape[0]}")
-    return [part.labelled(labels[a:b]) for part, a, b in zip(parts, starts, starts[1:], strict=False)]
+    return [part.labelled(labels[a:b]) for part, (a, b) in zip(parts, pairwise(starts), strict=True)]
 
 
 def _parts(paths: list[str], format: str | None, given: dict[str, Any]) -> tuple[list[Corpus], list[tuple[str, int]]]:

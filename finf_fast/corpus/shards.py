@@ -91,9 +91,10 @@ def folder_files(folder: str | os.PathLike, windowed: bool) -> list[str]:
         raise ValueError(
             f"source: wanted a folder with data files of one kind, got {found} in {os.fspath(folder)!r}: give a pattern"
         )
-    chosen = _trained_on(next(iter(kinds.values()), []))
-    if kinds and not windowed:
-        _require_pairs(folder, names - (set(*kinds.values()) - set(chosen)), next(iter(kinds)))
+    kind, found = next(iter(kinds.items()), ("", []))
+    chosen = _trained_on(found)
+    if not windowed:
+        _require_pairs(folder, names - (set(found) - set(chosen)), kind)
     return _filled([os.path.join(os.fspath(folder), name) for name in chosen])
 
 
